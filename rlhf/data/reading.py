@@ -1,0 +1,207 @@
+"""Reading rows: files, folders and hub names, all through ``datasets``."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rlhf.data.errors import DataError
+from rlhf.data.types import describe
+
+if TYPE_CHECKING:  # a second to import; loaded where rows are
+    import datasets
+
+_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SUFFIXES = ", ".join(_KINDS)
+
+
+def load_rows(
+    source: str | Path | Sequence[dict[str, Any]] | datasets.Dataset,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+) -> datasets.Dataset:
+    """Rows from wherever they are.
+
+    Args:
+        source: a ``.json`` (a list of objects), ``.jsonl``, ``.csv`` (every cell is text) or
+            ``.parquet`` file, each also with ``.gz``; a folder written by
+            ``Dataset.save_to_disk``; a data set's name on the Hugging Face Hub; a list of
+            dicts; or a ``Dataset``, which is returned as it is.
+        split: which part of a folder or hub data set; a file is all "train".
+        limit: at most so many rows, from the beginning.
+
+    Raises:
+        DataError: for a missing, empty or broken source, naming the row where there is one.
+    """
+    import datasets
+
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; give at least 1, or None for all rows.")
+    if isinstance(source, datasets.Dataset):
+        rows = source
+    elif isinstance(source, str | Path):
+        rows = _load_named(source, split)
+    else:
+        rows = _from_list(list(source))
+    if not len(rows):
+        raise DataError(f"{_name(source)}: there are no rows; give at least one.")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _name(source: object) -> str:
+    return str(source) if isinstance(source, str | Path) else "data"
+
+
+def _load_named(source: str | Path, split: str) -> datasets.Dataset:
+    import datasets
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split)
+    if path.is_file():
+        return _load_file(path, split)
+    if isinstance(source, Path) or _looks_like_path(source):
+        raise DataError(f"{source}: there is no such file or folder; check the path.")
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # the hub client raises many unrelated kinds
+        raise DataError(
+            f"{source}: no such file or folder here, and loading it from the Hugging Face Hub "
+            f"failed: {error}"
+        ) from error
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "~", "/"))
+        or "\\" in name
+        or name.count("/") > 1
+        or _kind(Path(name)) is not None
+    )
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    return _KINDS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _load_folder(path: Path, split: str) -> datasets.Dataset:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: the folder was not written by Dataset.save_to_disk; name a data file in it."
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{path}: there is no split {split!r}; the folder has {', '.join(loaded)}.")
+    return loaded[split]
+
+
+def _load_file(path: Path, split: str) -> datasets.Dataset:
+    import datasets
+
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(f"{path}: unknown kind of file; use {_SUFFIXES}, each also with .gz.")
+    _check_not_empty(path)
+    options = {"features": _text_columns(path), "keep_default_na": False} if kind == "csv" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
+    except Exception as error:  # pyarrow, pandas and datasets each raise their own
+        if kind == "json":
+            _find_broken_json(path)
+        cause = error.__cause__ or error
+        raise DataError(f"{path}: cannot be read as {kind}: {cause}") from error
+
+
+def _open(path: Path, mode: str = "rt") -> IO[Any]:
+    opener: Callable[..., IO[Any]] = gzip.open if path.suffix == ".gz" else open
+    return opener(path, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def _check_not_empty(path: Path) -> None:
+    try:
+        with _open(path, "rb") as file:
+            beginning = file.read(1024)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not beginning.strip() or beginning.strip() in (b"[]", b"{}"):
+        raise DataError(f"{path}: the file is empty; give at least one row.")
+
+
+def _text_columns(path: Path) -> datasets.Features:
+    import datasets
+
+    # Left to guess, the reader would turn the answers "4" and "None" into a number and a null.
+    with _open(path) as file:
+        header = next(csv.reader(file))
+    return datasets.Features({name: datasets.Value("string") for name in header})
+
+
+def _find_broken_json(path: Path) -> None:
+    """Raise for the first place at which a JSON file is broken; return if there is none."""
+    name = str(path)
+    if ".jsonl" not in path.suffixes:
+        with _open(path) as file:
+            try:
+                json.load(file)
+                return
+            except json.JSONDecodeError as error:
+                if error.msg != "Extra data":  # more than one value: lines after all
+                    raise DataError(f"{name}: not valid JSON: {error}.") from error
+    row = 0
+    with _open(path) as file:
+        for line in file:
+            if not line.strip():
+                continue
+            row += 1
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"not valid JSON: {error.msg} at column {error.colno}; correct the line."
+                ).at(name, row) from error
+            if not isinstance(value, dict):
+                raise DataError(f"the line is {describe(value)}; give an object.").at(name, row)
+
+
+def _from_list(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    import datasets
+
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"the row is {describe(row)}; give an object.").at("data", number)
+    # Dataset.from_list knows the first row's columns only and would drop the others.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return datasets.Dataset.from_dict(
+            {name: [row.get(name) for row in rows] for name in columns}
+        )
+    except Exception as error:  # pyarrow raises several kinds for columns of mixed types
+        raise _mixed_types(rows, list(columns)) or DataError(
+            f"data: the rows fit no table: {error}"
+        ) from error
+
+
+def _mixed_types(rows: list[dict[str, Any]], columns: list[str]) -> DataError | None:
+    for name in columns:
+        first: str | None = None
+        for number, row in enumerate(rows, start=1):
+            if row.get(name) is None:
+                continue
+            kind = describe(row[name])
+            first = first or kind
+            if kind != first:
+                return DataError(
+                    f"{name} is {kind}, but {first} in the rows before; use one type a column."
+                ).at("data", number)
+    return None
