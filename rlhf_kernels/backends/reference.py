@@ -1,0 +1,304 @@
+"""The definitions in plain PyTorch, for any device: what every other backend must agree with.
+
+Arithmetic is float32, or float64 where the input is float64 (then the outputs are too, which makes
+this backend the oracle of the tests). Gradients are formed explicitly, not by autograd, so that
+ties fall where `docs/kernels.md` says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.ppo_types import PPOLossConfig
+
+NAME = "reference"
+PRIMITIVES = frozenset(
+    {
+        "token_logprobs_forward",
+        "token_logprobs_backward",
+        "gae_forward",
+        "ppo_loss_forward",
+        "kl_penalty",
+        "shaped_rewards",
+        "masked_mean",
+        "masked_whiten",
+    }
+)
+
+
+def availability() -> str | None:
+    return None
+
+
+def token_logprobs_forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    need_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probabilities [N], entropies [N] (or None) and log-sum-exps [N] of the rows of [N, V]."""
+    checks.targets_in_range(targets, logits.shape[1], ignore_index)
+    ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
+    scaled = _scaled(logits, temperature)
+    # Everything is taken relative to the row's maximum, which keeps digits for large logits.
+    maximum = scaled.amax(dim=-1)
+    shifted = scaled.sub_(maximum[:, None])
+    exponentials = shifted.exp()
+    normalizer = exponentials.sum(dim=-1)
+    log_normalizer = normalizer.log()
+    picked = shifted.gather(1, safe_targets[:, None]).squeeze(1)
+    logprobs = torch.where(ignored, 0.0, picked - log_normalizer)
+    entropy = None
+    if need_entropy:
+        # 0 · (−inf) counts as 0; a NaN probability stays NaN.
+        weighted = torch.where(exponentials == 0, 0.0, exponentials * shifted)
+        entropy = torch.where(ignored, 0.0, log_normalizer - weighted.sum(dim=-1) / normalizer)
+    return logprobs, entropy, maximum + log_normalizer
+
+
+def token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
+    ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
+    logp = _scaled(logits, temperature).sub_(lse[:, None])
+    probabilities = logp.exp()
+    upstream = grad_logprobs.to(logp.dtype)[:, None]
+    grad = -upstream * probabilities
+    if grad_entropy is not None:
+        assert entropy is not None, "an entropy gradient needs the forward's entropy"
+        spread = torch.where(probabilities == 0, 0.0, probabilities * (logp + entropy[:, None]))
+        grad -= grad_entropy.to(logp.dtype)[:, None] * spread
+    grad.scatter_add_(1, safe_targets[:, None], upstream)
+    grad /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    grad = torch.where(ignored[:, None], 0.0, grad)
+    return grad.to(logits.dtype) if out is None else out.copy_(grad)
+
+
+def gae_forward(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both [B, T]; masked positions are 0 and are stepped over."""
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(values)
+    next_advantage = values.new_zeros(values.shape[0])
+    next_value = next_advantage if bootstrap_values is None else bootstrap_values
+    for t in range(values.shape[1] - 1, -1, -1):
+        valid = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(valid, advantage, 0.0)
+        next_advantage = torch.where(valid, advantage, next_advantage)
+        next_value = torch.where(valid, values[:, t], next_value)
+    return advantages, advantages + values
+
+
+def ppo_loss_forward(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    config: PPOLossConfig,
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy."""
+    zero = logprobs.new_zeros(())
+    weights = _aggregation_weights(mask, config.aggregation, normalizer, logprobs.dtype)
+    count = mask.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0.0).sum() / count
+
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    advantages = torch.where(mask, advantages, 0.0)
+    policy, grad_policy, clipped, dual_clipped = _policy_terms(log_ratio, advantages, config)
+    policy_loss = (weights * policy).sum()
+    ratio = log_ratio.exp()
+    ratio_max = torch.where(mask, ratio, 0.0).amax() if ratio.numel() else zero
+
+    loss, value_loss, value_clip_fraction, explained = policy_loss, zero, zero, zero
+    grad_values = grad_entropy = None
+    if values is not None:
+        assert returns is not None, "values need returns"
+        values, returns = torch.where(mask, values, 0.0), torch.where(mask, returns, 0.0)
+        value, slope, value_clipped = _value_terms(values, old_values, returns, mask, config)
+        value_loss = (weights * value).sum()
+        loss = loss + config.value_coef * value_loss
+        grad_values = config.value_coef * weights * slope
+        value_clip_fraction = mean(value_clipped.to(ratio.dtype))
+        explained = _explained_variance(values, returns, mask, count)
+    mean_entropy = zero
+    if entropy is not None:
+        entropy = torch.where(mask, entropy, 0.0)
+        mean_entropy = mean(entropy)
+        loss = loss - config.entropy_coef * (weights * entropy).sum()
+        grad_entropy = -config.entropy_coef * weights
+
+    stats = torch.stack(
+        [
+            policy_loss,
+            value_loss,
+            mean_entropy,
+            mean(-log_ratio),
+            mean(log_ratio.expm1() - log_ratio),
+            mean(clipped.to(ratio.dtype)),
+            value_clip_fraction,
+            mean(dual_clipped.to(ratio.dtype)),
+            mean(ratio),
+            ratio_max,
+            explained,
+        ]
+    )
+    return loss, stats, weights * grad_policy, grad_values, grad_entropy
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """A KL estimate per token, elementwise."""
+    r = logprobs - ref_logprobs
+    if estimator == "k1":
+        return r
+    if estimator == "k2":
+        return 0.5 * r * r
+    if estimator == "k3":
+        return torch.expm1(-r) + r
+    return r.abs()
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """−kl_coef · kl, plus the score at the last valid token of each row."""
+    valid_from_here = mask.flip(-1).cumsum(-1).flip(-1)
+    last = mask & (valid_from_here == 1)
+    return -kl_coef * torch.where(mask, kl, 0.0) + torch.where(last, scores[:, None], 0.0)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
+    """The mean over valid places; 0 where there are none."""
+    return torch.where(mask, x, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool, eps: float, group: object | None
+) -> Tensor:
+    """(x − mean)/sqrt(var + eps) over the valid places of all ranks of `group`."""
+    # Sums in float64: a float32 count would stop at 2^24 tokens. (MPS has no float64.)
+    wide = x.dtype if x.device.type == "mps" else torch.float64
+    x = torch.where(mask, x, 0.0)
+    count_and_sum = torch.stack([mask.sum(dtype=wide), x.sum(dtype=wide)])
+    _all_reduce(count_and_sum, group)
+    count = count_and_sum[0].clamp(min=1)
+    mean = count_and_sum[1] / count
+    centred = torch.where(mask, x - mean, 0.0)
+    # The second pass, rather than a sum of squares, keeps small variances exact.
+    squares = centred.square().sum(dtype=wide)
+    _all_reduce(squares, group)
+    whitened = centred / (squares / count + eps).sqrt()
+    if not shift_mean:
+        whitened = torch.where(mask, whitened + mean, 0.0)
+    return whitened.to(x.dtype)
+
+
+def _all_reduce(tensor: Tensor, group: object | None) -> None:
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor, group=group)  # type: ignore[arg-type]
+
+
+def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """A new tensor of logits / temperature, in float32 or float64."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def _split_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Which rows are ignored, and targets that can be gathered in every row."""
+    ignored = targets == ignore_index
+    return ignored, torch.where(ignored, 0, targets).clamp(0, vocabulary - 1)
+
+
+def _aggregation_weights(
+    mask: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What each token's loss is multiplied by before the sum; 0 at masked places."""
+    lengths = mask.sum(dim=1)
+    if normalizer is None:
+        valid = mask.sum() if aggregation == "token-mean" else (lengths > 0).sum()
+        normalizer = valid.clamp(min=1)
+    weights = mask.to(dtype)
+    if aggregation == "seq-mean-token-mean":
+        weights = weights / lengths.clamp(min=1)[:, None]
+    # `where`, since a normalizer of 0 may stand beside a mask without valid tokens.
+    return torch.where(mask, weights / normalizer.to(dtype).reshape(()), 0.0)
+
+
+def _policy_terms(
+    log_ratio: Tensor, advantages: Tensor, config: PPOLossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per token: policy loss, its gradient by the log-probability, clipped, dual-clipped."""
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    ratio = log_ratio.exp()
+    surrogate = ratio * advantages
+    bounded = ratio.clamp(1.0 - config.clip_range, 1.0 + high) * advantages
+    clipped = bounded < surrogate
+    policy = -torch.where(clipped, bounded, surrogate)
+    grad = torch.where(clipped, 0.0, -surrogate)
+    dual_clipped = torch.zeros_like(clipped)
+    if config.dual_clip is not None:
+        ceiling = -config.dual_clip * advantages
+        dual_clipped = (advantages < 0) & (ceiling < policy)
+        policy = torch.where(dual_clipped, ceiling, policy)
+        grad = torch.where(dual_clipped, 0.0, grad)
+    return policy, grad, clipped, dual_clipped
+
+
+def _value_terms(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    config: PPOLossConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: value loss, its gradient by the value, clipped."""
+    error = values - returns
+    if config.value_clip_range is None:
+        return 0.5 * error.square(), error, torch.zeros_like(mask)
+    assert old_values is not None, "a value clip range needs old values"
+    old_values = torch.where(mask, old_values, 0.0)
+    step = values - old_values
+    bounded_error = old_values + step.clamp(-config.value_clip_range, config.value_clip_range)
+    bounded_error = bounded_error - returns
+    # Inside the range both errors are one; rounding in old + step must not make it a tie-break.
+    outside = step.abs() > config.value_clip_range
+    clipped = outside & (bounded_error.square() > error.square())
+    value = 0.5 * torch.where(clipped, bounded_error, error).square()
+    return value, torch.where(clipped, 0.0, error), clipped
+
+
+def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    def variance(x: Tensor) -> Tensor:
+        centred = torch.where(mask, x - torch.where(mask, x, 0.0).sum() / count, 0.0)
+        return centred.square().sum() / count
+
+    total = variance(returns)
+    return torch.where(total > 0, 1.0 - variance(returns - values) / total, 0.0)

@@ -1,0 +1,142 @@
+"""Checks of what users pass in: each message names the argument, what it is and what is expected.
+
+Nothing here reads a tensor's content on a GPU, which would make the host wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point tensor")
+
+
+def like(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """Every tensor has the shape and the device of the reference."""
+    shape, device = reference.shape, reference.device
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}, "
+                f"the shape of {reference_name}"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}; expected {device}, the device of {reference_name}"
+            )
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected)}, {meaning}"
+        )
+
+
+def dimensions(name: str, tensor: Tensor, number: int, meaning: str) -> None:
+    if tensor.dim() != number:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected {number} dimensions, {meaning}"
+        )
+
+
+def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}; expected {reference.device}, "
+                f"the device of {reference_name}"
+            )
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """The mask as bool. Integer masks (as tokenizers make them) count as valid where not 0."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"mask has dtype {mask.dtype}; expected bool, or integers where 0 is masked"
+        )
+    return mask != 0
+
+
+def as_targets(targets: Tensor) -> Tensor:
+    if targets.dtype == torch.int64:
+        return targets
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets has dtype {targets.dtype}; expected integers (torch.int64)")
+    return targets.long()
+
+
+def targets_in_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise for the first target [N] outside [0, vocabulary). CPU tensors only."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"targets holds {int(targets[row])} at flat row {row}; expected values in "
+            f"[0, {vocabulary}), or {ignore_index} for rows to leave out"
+        )
+
+
+def positive(name: str, number: float) -> float:
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} is {number!r}; expected a positive finite number")
+    return float(number)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def split_temperature(temperature: float | Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
+    """A number, and per-row temperatures [N] where they were given as a tensor."""
+    if not isinstance(temperature, Tensor):
+        return positive("temperature", temperature), None
+    like("targets", targets, temperature=temperature)
+    floating(temperature=temperature)
+    return 1.0, temperature.detach().reshape(-1).float().contiguous()
+
+
+def as_normalizer(normalizer: float | Tensor | None, like_tensor: Tensor) -> Tensor | None:
+    """The divisor as a 0-dim float tensor on the device, without a copy that would wait."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        value = positive("normalizer", normalizer)
+        return torch.full((), value, dtype=like_tensor.dtype, device=like_tensor.device)
+    if normalizer.numel() != 1:
+        raise ValueError(
+            f"normalizer has shape {tuple(normalizer.shape)}; expected a number or a 0-dim tensor"
+        )
+    same_device("the other tensors", like_tensor, normalizer=normalizer)
+    return normalizer.detach().reshape(()).to(like_tensor.dtype)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any tensor is, else float32."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def unit_interval(name: str, number: float) -> None:
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} is {number!r}; expected a number in [0, 1]")
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype, contiguous; itself where it is so already."""
+    return tensor.to(dtype).contiguous()

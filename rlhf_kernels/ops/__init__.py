@@ -1,0 +1,57 @@
+"""The operations as PyTorch sees them: schemas, shapes and gradients, over the backends.
+
+Each module defines an operator `rlhf_kernels::<name>` for `torch.compile` and other tracers, and
+the same functions as a plain `autograd.Function` for eager mode: there the dispatcher's way through
+a Python operator costs more than the small kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+_PLAIN = (torch.Tensor, Parameter)
+
+
+def define(
+    name: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register `rlhf_kernels::name` and return the function that calls it the cheapest way.
+
+    forward: runs on real tensors; its annotations are the schema. fake: the outputs' shapes.
+    setup_context, backward: as in `torch.autograd.Function`; without them: not differentiable.
+    """
+    operator = torch.library.custom_op(f"rlhf_kernels::{name}", forward, mutates_args=())
+    operator.register_fake(fake)
+    eager = forward
+    if backward is not None:
+        operator.register_autograd(backward, setup_context=setup_context)
+        eager = _autograd_function(name, forward, setup_context, backward).apply
+
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        # Fake and other wrapped tensors need the dispatcher as much as the compiler does.
+        if torch.compiler.is_compiling() or type(first) not in _PLAIN:
+            return operator(first, *rest)
+        return eager(first, *rest)
+
+    return call
+
+
+def _autograd_function(
+    name: str, forward: Callable[..., Any], setup_context: Any, backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        # The gradients are formed on detached tensors: a second derivative must raise.
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(name, (torch.autograd.Function,), members)

@@ -1,0 +1,105 @@
+"""`rlhf_kernels::ppo_loss`: the forward forms the gradients, the backward scales them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_kernels import backends
+from rlhf_kernels.ops import define
+from rlhf_kernels.ppo_types import NUM_STATS, PPOLossConfig
+
+_config = functools.lru_cache(maxsize=64)(PPOLossConfig)
+
+
+def _forward(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    clip_range: float,
+    clip_range_high: float | None,
+    dual_clip: float | None,
+    value_clip_range: float | None,
+    value_coef: float,
+    entropy_coef: float,
+    aggregation: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen = backends.choose("ppo_loss_forward", logprobs, backend)
+    config = _config(
+        clip_range,
+        clip_range_high,
+        dual_clip,
+        value_clip_range,
+        value_coef,
+        entropy_coef,
+        aggregation,
+    )
+    loss, stats, grad_logprobs, grad_values, grad_entropy = chosen.ppo_loss_forward(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        values,
+        old_values,
+        returns,
+        entropy,
+        config,
+        normalizer,
+    )
+    # An operator returns tensors, so "none" is an empty one.
+    if grad_values is None:
+        grad_values = logprobs.new_empty(0)
+    if grad_entropy is None:
+        grad_entropy = logprobs.new_empty(0)
+    return loss, stats, grad_logprobs, grad_values, grad_entropy
+
+
+def _fake(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def gradient(of: Tensor | None) -> Tensor:
+        return logprobs.new_empty(0 if of is None else logprobs.shape)
+
+    loss, stats = logprobs.new_empty(()), logprobs.new_empty(NUM_STATS)
+    return loss, stats, gradient(logprobs), gradient(values), gradient(entropy)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, *gradients = output
+    ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.has_values, ctx.has_entropy = inputs[4] is not None, inputs[7] is not None
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 17
+    if grad_loss is not None:
+        grad_logprobs, grad_values, grad_entropy = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            gradients[0] = grad_loss * grad_logprobs
+        if ctx.has_values and ctx.needs_input_grad[4]:
+            gradients[4] = grad_loss * grad_values
+        if ctx.has_entropy and ctx.needs_input_grad[7]:
+            gradients[7] = grad_loss * grad_entropy
+    return tuple(gradients)
+
+
+ppo_loss = define("ppo_loss", _forward, _fake, _setup_context, _backward)

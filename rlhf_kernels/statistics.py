@@ -1,0 +1,64 @@
+"""Means and whitening over the valid places of a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rlhf_kernels import backends, checks
+from rlhf_kernels.backends import reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The mean over valid places, of all of x or along `dim`; 0 where there are none.
+
+    Args:
+        x: any shape, floating-point. mask: its shape, bool (or integers, 0 is masked).
+        dim: what to average over, as in `torch.sum`; None: everything.
+
+    Returns:
+        The means, float32 (float64 for float64 inputs), differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    checks.floating(x=x)
+    checks.like("x", x, mask=mask)
+    return reference.masked_mean(x.to(checks.compute_dtype(x)), checks.as_mask(mask), dim)
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """(x - mean)/sqrt(var + eps), statistics over valid places, population variance.
+
+    Args:
+        x: any shape, floating-point. mask: its shape, bool (or integers, 0 is masked).
+        shift_mean: False adds the mean again: the scale changes, the mean stays.
+        eps: added to the variance.
+        group: take the statistics over all ranks of this process group: sums and counts are
+            all-reduced, so every rank must call, whatever it holds.
+        backend: see `rlhf_kernels.backends`.
+
+    Returns:
+        A tensor of x's shape, float32 (float64 for float64 inputs), 0 at masked places and
+        without valid ones. It carries no gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    checks.floating(x=x)
+    checks.like("x", x, mask=mask)
+    chosen = backends.choose_composed("masked_whiten", x, backend)
+    wide = x.detach().to(checks.compute_dtype(x))
+    return chosen.masked_whiten(wide, checks.as_mask(mask), shift_mean, eps, group)
