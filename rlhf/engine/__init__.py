@@ -1,0 +1,35 @@
+"""The training engine that SFT, reward modelling and PPO share.
+
+It owns what the three have in common: precision, backward, clipping, the optimizer and its
+schedule, ranks, saving and tracking. A trainer only says what its loss is.
+"""
+
+from __future__ import annotations
+
+from rlhf.engine.batching import epoch_steps
+from rlhf.engine.config import TrainingConfig, check_choice, check_number
+from rlhf.engine.engine import Engine, NonFiniteError
+from rlhf.engine.precision import resolve_dtype
+from rlhf.engine.saving import OutputError, ensure_writable, save_config, save_model
+from rlhf.engine.schedule import learning_rate_factor
+from rlhf.engine.seeding import set_seed
+from rlhf.engine.tracking import Trackers
+from rlhf.engine.world import World
+
+__all__ = [
+    "Engine",
+    "NonFiniteError",
+    "OutputError",
+    "Trackers",
+    "TrainingConfig",
+    "World",
+    "check_choice",
+    "check_number",
+    "ensure_writable",
+    "epoch_steps",
+    "learning_rate_factor",
+    "resolve_dtype",
+    "save_config",
+    "save_model",
+    "set_seed",
+]

@@ -1,0 +1,81 @@
+"""Writing results so that a folder never looks finished when it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+
+
+class OutputError(OSError):
+    """The output folder cannot be written to."""
+
+
+def ensure_writable(folder: str | Path) -> Path:
+    """Create the folder and check that a file can be written there: call it before training.
+
+    Raises:
+        OutputError: It cannot; the message names the folder and the reason.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"cannot write to the output folder {path}: {reason}. "
+            "Choose another output_dir or change its permissions."
+        ) from error
+    return path
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write a Hugging Face folder: weights as safetensors, config and tokenizer.
+
+    Everything is written under ``folder/.partial`` first (inside, so that it is the same file
+    system), then moved into place file by file. ``config.json`` is taken away first and comes back
+    last: a folder that has it is complete, and an interrupted save never leaves new weights under
+    an old config. Other files in the folder, such as logs, stay.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    target = ensure_writable(folder)
+    partial = target / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"cannot save the model to {target}: {error}") from error
+    _move_into_place(partial, target)
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    (target / "config.json").unlink(missing_ok=True)
+    for stale in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
+        stale.unlink()
+    names = sorted(path.name for path in partial.iterdir())
+    for name in sorted(names, key=lambda name: name == "config.json"):
+        if (target / name).is_dir():
+            shutil.rmtree(target / name)
+        os.replace(partial / name, target / name)
+    partial.rmdir()
+
+
+def save_config(config: Any, folder: str | Path) -> None:
+    """Write a config dataclass as ``training_config.json``, for people to read."""
+    path = Path(folder) / "training_config.json"
+    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+    temporary = path.with_name(path.name + PARTIAL)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

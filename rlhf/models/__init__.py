@@ -1,0 +1,43 @@
+"""Loading models, running their trunk alone, and models with one score in place of a vocabulary."""
+
+from __future__ import annotations
+
+from rlhf.models.loading import (
+    ModelError,
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    model_name,
+)
+from rlhf.models.scalar import (
+    last_token_scores,
+    load_scalar_model,
+    scalar_model_from_causal,
+    score_head,
+    token_scores,
+)
+from rlhf.models.trunk import (
+    check_linear_head,
+    disable_dropout,
+    hidden_states,
+    lm_head,
+    position_ids_from_mask,
+)
+
+__all__ = [
+    "ModelError",
+    "check_linear_head",
+    "context_length",
+    "disable_dropout",
+    "hidden_states",
+    "last_token_scores",
+    "lm_head",
+    "load_causal_lm",
+    "load_scalar_model",
+    "load_tokenizer",
+    "model_name",
+    "position_ids_from_mask",
+    "scalar_model_from_causal",
+    "score_head",
+    "token_scores",
+]
