@@ -57,8 +57,6 @@ def test_detailed_grows_with_words_and_structure() -> None:
     assert check("detailed", "word " * 50) == pytest.approx(0.25)
     assert check("detailed", "word " * 500) == pytest.approx(0.5)
     assert check("detailed", "- a\n- b\n1. c\n2) d") == pytest.approx(0.5 * 6 / 100 + 0.5)
-        0.5 * 4 / 100 + 0.5, abs=0.011
-    )
 
 
 def test_concise_falls_with_length_and_repetition() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,10 +113,15 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
     kind = _kind(path)
     if kind is None:
         raise DataError(f"{path}: unknown kind of file; use {_SUFFIXES}, each also with .gz.")
-    _check_not_empty(path)
-    options = {"features": _text_columns(path), "keep_default_na": False} if kind == "csv" else {}
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
+        _check_not_empty(path)
+        if kind == "csv":
+            return _load_csv(path, split)
+        if kind == "parquet" and path.suffix == ".gz":
+            return _load_zipped_parquet(path)
+        return datasets.load_dataset(kind, data_files=str(path), split=split)
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
         if kind == "json":
             _find_broken_json(path)
@@ -125,26 +131,65 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
 
 def _open(path: Path, mode: str = "rt") -> IO[Any]:
     opener: Callable[..., IO[Any]] = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, encoding=None if "b" in mode else "utf-8")
+    # utf-8-sig: spreadsheets put a byte order mark in front of UTF-8.
+    text = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
+    return opener(path, mode, **text)
 
 
 def _check_not_empty(path: Path) -> None:
-    try:
-        with _open(path, "rb") as file:
-            beginning = file.read(1024)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not beginning.strip() or beginning.strip() in (b"[]", b"{}"):
+    with _open(path, "rb") as file:
+        beginning = file.read(1024).strip()
+    if beginning in (b"", b"[]", b"{}"):
         raise DataError(f"{path}: the file is empty; give at least one row.")
 
 
-def _text_columns(path: Path) -> datasets.Features:
+def _load_csv(path: Path, split: str) -> datasets.Dataset:
     import datasets
 
     # Left to guess, the reader would turn the answers "4" and "None" into a number and a null.
+    features = datasets.Features({name: datasets.Value("string") for name in _csv_header(path)})
+    return datasets.load_dataset(
+        "csv",
+        data_files=str(path),
+        split=split,
+        features=features,
+        keep_default_na=False,
+        encoding="utf-8-sig",
+    )
+
+
+def _csv_header(path: Path) -> list[str]:
+    """The columns of a CSV file in which every row has as many cells as there are columns.
+
+    The reader would shift the cells of a longer row into wrong columns without a word.
+    """
+    header: list[str] = []
+    number = 0
     with _open(path) as file:
-        header = next(csv.reader(file))
-    return datasets.Features({name: datasets.Value("string") for name in header})
+        for cells in csv.reader(file):
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                continue
+            number += 1
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{len(cells)} cells, but the header has {len(header)}; quote cells that "
+                    "hold commas or line breaks."
+                ).at(str(path), number)
+    if not number:
+        raise DataError(f"{path}: there is a header but no row; give at least one row.")
+    return header
+
+
+def _load_zipped_parquet(path: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow.parquet
+
+    # datasets unpacks the other kinds, but looks for this one's schema in the packed file.
+    with _open(path, "rb") as file:
+        return datasets.Dataset(pyarrow.parquet.read_table(io.BytesIO(file.read())))
 
 
 def _find_broken_json(path: Path) -> None:
