@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 def epoch_steps(
@@ -17,7 +20,7 @@ def epoch_steps(
     which saves padding and cannot bias a step: its examples stay a uniform sample.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     steps = []
     for start in range(0, len(order), batch_size):
         step = sorted(order[start : start + batch_size], key=lambda index: lengths[index])
@@ -25,6 +28,6 @@ def epoch_steps(
     return steps
 
 
-def chunks(items: Sequence[int], size: int) -> list[list[int]]:
+def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
     """The items in order, in lists of ``size``; the last may be shorter."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.models.loading import (
     ModelError,
     context_length,
+    length_limit,
     load_causal_lm,
     load_tokenizer,
     model_name,
@@ -31,6 +32,7 @@ __all__ = [
     "disable_dropout",
     "hidden_states",
     "last_token_scores",
+    "length_limit",
     "lm_head",
     "load_causal_lm",
     "load_scalar_model",

@@ -58,6 +58,24 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def length_limit(model: Any, max_length: int | None) -> int:
+    """The longest sequence to train on: ``max_length``, or the model's context if that is None.
+
+    Raises:
+        ValueError: ``max_length`` is beyond the context, or neither is known.
+    """
+    context = context_length(model)
+    if max_length is None and context is None:
+        raise ValueError(f"max_length is not set and {model_name(model)} names no context; set it")
+    if max_length is None:
+        return int(context or 0)
+    if context is not None and max_length > context:
+        raise ValueError(
+            f"max_length={max_length} is longer than the context of {model_name(model)}: {context}"
+        )
+    return max_length
+
+
 def model_name(model: Any) -> str:
     """What to call a model in messages: where it came from, else its class."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -1,0 +1,141 @@
+"""A trained reward model in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.data import ChatFormat, Message, Text, pad_right
+from rlhf.engine import NonFiniteError, World, save_model
+from rlhf.engine.batching import chunks
+from rlhf.models import (
+    context_length,
+    last_token_scores,
+    load_scalar_model,
+    load_tokenizer,
+    score_head,
+)
+
+# Scores of a few units carry rounding of about 1e-6; a difference below this is no preference.
+TIE_MARGIN = 1e-4
+
+
+class RewardModel:
+    """Scores responses to prompts; also a reward function for PPO and best-of-n.
+
+    The score is the head's output at the last token of prompt + response, the EOS that the template
+    puts at its end, minus ``config.reward_mean``. It is computed in float32, and the position comes
+    from the attention mask: a score depends neither on padding nor on what shares its batch.
+
+    Args:
+        model: A sequence classifier with one label, or an id or folder of one.
+        tokenizer: Its tokenizer, or an id or folder.
+        template: As in ``ChatFormat``; must be the one that the model was trained with.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, template: str = "auto") -> None:
+        self.model = load_scalar_model(model)
+        score_head(self.model)
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.chat_format = ChatFormat(self.tokenizer, template)
+        self.template = template
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> RewardModel:
+        """Load what ``save_pretrained`` or ``RewardTrainer`` wrote, onto the GPU if there is one."""
+        model = load_scalar_model(folder)
+        template = getattr(model.config, "reward_template", "auto")
+        return cls(model.to(World().device), load_tokenizer(folder), template)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder; ``AutoModelForSequenceClassification`` loads it too.
+
+        Its config carries ``reward_mean`` and ``reward_template`` beside the usual entries. The
+        logits of the plain class are the scores before the mean is taken off.
+        """
+        self.model.config.reward_template = self.template
+        save_model(self.model, self.tokenizer, folder)
+
+    def score(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[str | list[Message]],
+        batch_size: int = 16,
+    ) -> list[float]:
+        """One score a prompt and response; an empty response is scored as silence.
+
+        Raises:
+            ValueError: The lists differ in length, or an item is longer than the model's context.
+            NonFiniteError: A score is NaN or infinite.
+        """
+        sequences = self._encode(prompts, responses)
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        scores = [math.nan] * len(sequences)
+        for batch in chunks(order, batch_size):
+            found = self._score_batch([sequences[index] for index in batch])
+            for index, value in zip(batch, found):
+                scores[index] = value
+        for index, value in enumerate(scores):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the reward model's score of item {index} is {value}")
+        return scores
+
+    def compare(
+        self,
+        prompt: Text,
+        a: str | list[Message],
+        b: str | list[Message],
+        tie_margin: float = TIE_MARGIN,
+    ) -> str:
+        """Which response scores higher: "A", "B", or "tie" if they differ by at most the margin.
+
+        The default margin, 1e-4, only catches differences that rounding could have made.
+        """
+        if not tie_margin >= 0:
+            raise ValueError(f"tie_margin={tie_margin!r} must be a number of at least 0")
+        score_a, score_b = self.score([prompt, prompt], [a, b])
+        if abs(score_a - score_b) <= tie_margin:
+            return "tie"
+        return "A" if score_a > score_b else "B"
+
+    def __call__(
+        self, prompts: Sequence[Text], responses: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """``score``, in the form of a reward function; other columns are not used."""
+        return self.score(prompts, responses)
+
+    def _encode(
+        self, prompts: Sequence[Text], responses: Sequence[str | list[Message]]
+    ) -> list[list[int]]:
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise ValueError("prompts and responses must be lists, also for a single item")
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(responses)} responses; give one response each"
+            )
+        limit = context_length(self.model)
+        sequences = []
+        for index, (prompt, response) in enumerate(zip(prompts, responses)):
+            ids, _ = self.chat_format.encode(prompt, response)
+            if limit is not None and len(ids) > limit:
+                raise ValueError(
+                    f"item {index}: prompt and response have {len(ids)} tokens, more than the "
+                    f"reward model's context of {limit}; shorten them"
+                )
+            sequences.append(ids)
+        return sequences
+
+    @torch.no_grad()
+    def _score_batch(self, sequences: list[list[int]]) -> list[float]:
+        was_training = self.model.training
+        self.model.eval()
+        # Which id pads does not matter: the mask hides it, and EOS exists in every tokenizer.
+        ids, mask = pad_right(sequences, self.tokenizer.eos_token_id)
+        device = self.model.device
+        scores = last_token_scores(self.model, ids.to(device), mask.to(device))
+        self.model.train(was_training)
+        return scores.tolist()
