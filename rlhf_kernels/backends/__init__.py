@@ -73,10 +73,10 @@ def choose(primitive: str, tensor: torch.Tensor, requested: str | None) -> Modul
     environment, names a backend that cannot.
     """
     if requested is not None:
-        return _named(requested, primitive, tensor, "backend=")
+        return named(requested, primitive, tensor.device.type, tensor.dtype, "backend=")
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
-        return _named(from_environment, primitive, tensor, ENVIRONMENT_VARIABLE)
+        return named(from_environment, primitive, tensor.device.type, tensor.dtype)
     return default(primitive, tensor.device.type, tensor.dtype)
 
 
@@ -104,7 +104,15 @@ def default(primitive: str, device: str, dtype: torch.dtype) -> ModuleType:
     raise UnsupportedOperationError(f"no backend implements {primitive} on {device} for {dtype}")
 
 
-def _named(name: str, primitive: str, tensor: torch.Tensor, source: str) -> ModuleType:
+@functools.cache
+def named(
+    name: str,
+    primitive: str,
+    device: str,
+    dtype: torch.dtype,
+    source: str = ENVIRONMENT_VARIABLE,
+) -> ModuleType:
+    """The backend that `source` asks for by name, or an error that says why it cannot be."""
     if name not in BACKENDS:
         raise BackendUnavailableError(
             f"{source} asks for the backend {name!r}, which does not exist; "
@@ -115,7 +123,7 @@ def _named(name: str, primitive: str, tensor: torch.Tensor, source: str) -> Modu
         raise BackendUnavailableError(
             f"{source} asks for the backend {name!r}, which cannot run here: {reason}"
         )
-    objection = _mismatch(name, tensor.device.type, tensor.dtype)
+    objection = _mismatch(name, device, dtype)
     if objection is None and primitive not in load(name).PRIMITIVES:
         objection = f"does not implement {primitive}"
     if objection is not None:

@@ -48,9 +48,14 @@ def define(
 def _autograd_function(
     name: str, forward: Callable[..., Any], setup_context: Any, backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
+    # One function for both: a separate setup_context makes `apply` bind a signature every call.
+    def forward_with_context(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
     members = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
+        "forward": staticmethod(forward_with_context),
         # The gradients are formed on detached tensors: a second derivative must raise.
         "backward": staticmethod(once_differentiable(backward)),
     }

@@ -1,0 +1,105 @@
+"""What the conformance tests share: backends, tolerances, random inputs, mask strategies.
+
+Tolerances come from the precision of the arithmetic (float32, eps = 2^-23), never from what a
+backend happened to give; each helper says how.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_kernels import backends
+
+EPS = torch.finfo(torch.float32).eps
+ROW_PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward")
+
+
+def backends_for(*primitives: str) -> list[str]:
+    """Every backend of this machine that implements all of these primitives."""
+    return [
+        name
+        for name in backends.BACKENDS
+        if backends.unavailable_reason(name) is None
+        and set(primitives) <= backends.load(name).PRIMITIVES
+    ]
+
+
+def row_tolerance(logits: Tensor, temperature: float | Tensor = 1.0) -> float:
+    """Absolute error allowed in a log-probability, an entropy or an unscaled gradient.
+
+    Dividing by the temperature, subtracting the maximum and adding the log-sum-exp each round at
+    the size of the scaled logits (4 roundings); exp and log are good to a few ulp, and a sum of V
+    positive terms by S running sums rounds V/S times, about sqrt(V) in effect.
+    """
+    finite = torch.nan_to_num(logits.detach().double(), neginf=0.0, posinf=0.0)
+    if isinstance(temperature, Tensor):
+        finite = finite / temperature.double().reshape(-1, 1)
+    else:
+        finite = finite / temperature
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return EPS * (4 * size + math.sqrt(logits.shape[-1]) + 16)
+
+
+def close(actual: Tensor, expected: np.ndarray | float, atol: float, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(
+        actual.detach().double(),
+        torch.as_tensor(expected, dtype=torch.float64),
+        atol=atol,
+        rtol=rtol,
+        equal_nan=True,
+    )
+
+
+def random_mask(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Holes, left and right padding, a full row and (from three rows on) an empty one."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, length, generator=generator) < 0.7
+    if rows >= 1:
+        mask[0] = True
+    if rows >= 2:
+        mask[1, : length // 3] = False
+    if rows >= 3:
+        mask[2] = False
+    return mask
+
+
+@st.composite
+def masks(draw: st.DrawFn, max_rows: int = 4, max_length: int = 9) -> Tensor:
+    """Any mask: empty batches and rows, holes, padding on both sides."""
+    rows = draw(st.integers(0, max_rows))
+    length = draw(st.integers(1, max_length))
+    flags = st.lists(st.booleans(), min_size=length, max_size=length)
+    content = draw(st.lists(flags, min_size=rows, max_size=rows))
+    return torch.tensor(content, dtype=torch.bool).reshape(rows, length)
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator)
+
+
+def ppo_inputs(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Log-ratios and value steps wide enough that every clip takes effect somewhere."""
+    old = -normal(rows, length, seed=seed).abs()
+    old_values = normal(rows, length, seed=seed + 1)
+    return {
+        "logprobs": old + normal(rows, length, seed=seed + 2, scale=0.5),
+        "old_logprobs": old,
+        "advantages": normal(rows, length, seed=seed + 3),
+        "values": old_values + normal(rows, length, seed=seed + 4, scale=0.4),
+        "old_values": old_values,
+        "returns": normal(rows, length, seed=seed + 5),
+        "entropy": normal(rows, length, seed=seed + 6).abs(),
+    }
+
+
+def poisoned(tensor: Tensor, mask: Tensor) -> Tensor:
+    """NaN, inf and -inf at the masked places."""
+    junk = torch.tensor([math.nan, math.inf, -math.inf])
+    places = torch.arange(mask.numel()).reshape(mask.shape) % 3
+    return torch.where(mask, tensor, junk[places].to(tensor.dtype))

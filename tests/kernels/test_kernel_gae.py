@@ -1,0 +1,168 @@
+"""gae and rollout_advantages against float64 sums."""
+
+from __future__ import annotations
+
+import float64_oracle as oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, random_mask
+
+from rlhf_kernels import gae, kl_penalty, rollout_advantages
+
+pytestmark = pytest.mark.parametrize("backend", backends_for("gae_forward"))
+
+
+def tolerance(length: int, gamma: float, lam: float, size: float) -> float:
+    """Each of the steps that still count rounds 4 times at the size of the running sum."""
+    steps = min(length, 1 / (1 - gamma * lam)) if gamma * lam < 1 else length
+    return 4 * EPS * steps * size
+
+
+def check(rewards, values, mask, gamma, lam, bootstrap, backend):
+    result = gae(
+        rewards,
+        values,
+        mask,
+        gamma=gamma,
+        lam=lam,
+        bootstrap_values=bootstrap,
+        backend=backend,
+    )
+    expected = oracle.gae(rewards, values, mask, gamma, lam, bootstrap)
+    size = 1.0 + max((abs(array).max() for array in expected if array.size), default=0.0)
+    for actual, wanted in zip(result, expected):
+        assert actual.dtype == torch.float32 and not actual.requires_grad
+        close(actual, wanted, tolerance(mask.shape[1], gamma, lam, size))
+        assert (actual[~mask] == 0).all()
+
+
+@given(
+    mask=masks(),
+    gamma=st.sampled_from([1.0, 0.9, 0.0]),
+    lam=st.sampled_from([1.0, 0.95, 0.0]),
+    bootstrap=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_agrees_with_float64(backend, mask, gamma, lam, bootstrap, seed):
+    rows, length = mask.shape
+    check(
+        normal(rows, length, seed=seed),
+        normal(rows, length, seed=seed + 1),
+        mask,
+        gamma,
+        lam,
+        normal(rows, seed=seed + 2) if bootstrap else None,
+        backend,
+    )
+
+
+# More rows than a block of any vector width, with a tail; long enough for sums to build up.
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (1, 300), (37, 130), (0, 5), (4, 0)])
+def test_sizes(backend, rows, length):
+    mask = random_mask(rows, length)
+    check(
+        normal(rows, length, seed=1),
+        normal(rows, length, seed=2),
+        mask,
+        1.0,
+        0.95,
+        normal(rows, seed=3),
+        backend,
+    )
+
+
+def test_masked_content_does_not_matter(backend):
+    mask = random_mask(7, 20)
+    rewards, values, bootstrap = normal(7, 20, seed=1), normal(7, 20, seed=2), normal(7, seed=3)
+    clean = gae(rewards, values, mask, bootstrap_values=bootstrap, backend=backend)
+    dirty = gae(
+        poisoned(rewards, mask),
+        poisoned(values, mask),
+        mask,
+        # A row without valid tokens has no last one, so its bootstrap value is masked too.
+        bootstrap_values=poisoned(bootstrap, mask.any(dim=1)),
+        backend=backend,
+    )
+    for a, b in zip(clean, dirty):
+        assert torch.equal(a, b)
+
+
+def test_padding_and_holes_do_not_matter(backend):
+    """The same valid tokens with padding on either side, and spread apart: the same bits."""
+    rewards, values = normal(3, 10, seed=1), normal(3, 10, seed=2)
+    full = torch.ones(3, 10, dtype=torch.bool)
+    expected = gae(rewards, values, full, gamma=0.99, backend=backend)
+    places = {
+        "left": torch.arange(10) + 4,
+        "right": torch.arange(10),
+        "apart": torch.arange(10) * 2 + 1,
+    }
+    for where in places.values():
+        wide = [torch.full((3, 24), 7.0) for _ in range(2)]
+        wide[0][:, where], wide[1][:, where] = rewards, values
+        mask = torch.zeros(3, 24, dtype=torch.bool)
+        mask[:, where] = True
+        result = gae(*wide, mask, gamma=0.99, backend=backend)
+        for actual, wanted in zip(result, expected):
+            assert torch.equal(actual[:, where], wanted)
+
+
+def test_layouts_and_dtypes(backend):
+    rewards, values = normal(8, 12, seed=1), normal(8, 12, seed=2)
+    mask = random_mask(8, 12)
+    expected = gae(rewards, values, mask, backend=backend)
+    strided = gae(rewards.t().contiguous().t(), values[:, ::1], mask.long(), backend=backend)
+    assert torch.equal(expected[0], strided[0]) and torch.equal(expected[1], strided[1])
+    half = gae(rewards.bfloat16(), values.bfloat16(), mask, backend=backend)
+    wide = gae(rewards.bfloat16().float(), values.bfloat16().float(), mask, backend=backend)
+    assert torch.equal(half[0], wide[0]) and half[0].dtype == torch.float32
+    same = gae(rewards[:1].expand(8, 12), values[:1].expand(8, 12), mask[:1].expand(8, 12), backend=backend)
+    assert torch.equal(same[0], same[0][:1].expand(8, 12))
+
+
+def test_carries_no_gradient(backend):
+    values = normal(2, 5, seed=1).requires_grad_()
+    for result in gae(values, values, torch.ones(2, 5, dtype=torch.bool), backend=backend):
+        assert not result.requires_grad
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_rollout_advantages(backend, estimator, whiten_rewards):
+    mask = random_mask(5, 14)
+    logprobs, reference, values = (normal(5, 14, seed=s) for s in (1, 2, 3))
+    scores = normal(5, seed=4)
+    result = rollout_advantages(
+        poisoned(scores, mask.any(dim=1)),
+        poisoned(logprobs, mask).requires_grad_(),
+        poisoned(reference, mask),
+        poisoned(values, mask),
+        mask,
+        kl_coef=0.2,
+        kl_estimator=estimator,
+        gamma=0.97,
+        whiten_rewards=whiten_rewards,
+        backend=backend,
+    )
+    kl = torch.where(mask, kl_penalty(logprobs.double(), reference.double(), estimator=estimator), 0)
+    rewards = torch.as_tensor(oracle.shaped_rewards(scores, kl, mask, 0.2))
+    used = rewards
+    if whiten_rewards:
+        used = torch.as_tensor(oracle.whiten(rewards, mask, shift_mean=False))
+    advantages, returns = oracle.gae(used, values, mask, 0.97, 0.95)
+    # Sizes are of order 10; the steps are those of gae's tolerance, then one division.
+    atol = 2 * tolerance(14, 0.97, 0.95, 10.0)
+    close(result.kl, kl.numpy(), 8 * EPS * float(kl.abs().max()))
+    close(result.rewards, rewards.numpy(), 8 * EPS * float(rewards.abs().max()))
+    close(result.returns, returns, atol)
+    close(result.advantages, oracle.whiten(torch.as_tensor(advantages), mask), atol)
+    assert not any(part.requires_grad for part in result)
+
+
+def test_rollout_without_valid_tokens(backend):
+    nan = torch.full((2, 3), float("nan"))
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    result = rollout_advantages(nan[:, 0], nan, nan, nan, mask, kl_coef=0.1, backend=backend)
+    assert all((part == 0).all() for part in result)

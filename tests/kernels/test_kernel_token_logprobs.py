@@ -1,0 +1,239 @@
+"""token_logprobs against float64 loops: values, entropies, gradients, and the awkward rows."""
+
+from __future__ import annotations
+
+import math
+
+import float64_oracle as oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import ROW_PRIMITIVES, backends_for, close, normal, row_tolerance
+
+from rlhf_kernels import token_logprobs
+
+BACKENDS = backends_for(*ROW_PRIMITIVES)
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+# Around the widths of vector registers (4, 8, 16) and twice them with their tails; 1000 runs
+# unrolled loops more than once, and 5003 (prime) is longer than any block a kernel keeps.
+VOCABULARIES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 1000, 5003]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0):
+    logits = normal(rows, vocabulary, seed=seed, scale=3.0).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    if rows > 2:
+        targets[1] = -100
+    return logits, targets
+
+
+def check(logits, targets, temperature, backend, need_entropy=True):
+    """Values and gradients of one call, with uneven upstream gradients for both outputs."""
+    logits = logits.detach().requires_grad_()
+    rows = logits.shape[0]
+    g, h = normal(rows, seed=7), normal(rows, seed=8)
+    result = token_logprobs(
+        logits, targets, temperature=temperature, return_entropy=need_entropy, backend=backend
+    )
+    logprobs, entropy = result if need_entropy else (result, None)
+    assert logprobs.dtype == torch.float32 and logprobs.shape == targets.shape
+    expected = oracle.token_logprobs(
+        logits,
+        targets,
+        temperature,
+        grad_logprobs=g.double().numpy(),
+        grad_entropy=h.double().numpy() if need_entropy else None,
+    )
+    atol = row_tolerance(logits, temperature)
+    close(logprobs, expected[0], atol)
+    total = (logprobs * g).sum()
+    if entropy is not None:
+        close(entropy, expected[1], atol)
+        total = total + (entropy * h).sum()
+    (grad,) = torch.autograd.grad(total, logits)
+    assert grad.dtype == logits.dtype and grad.shape == logits.shape
+    # The gradient's terms are products of what was bounded above with g, h and log p + H.
+    spread = float(torch.nan_to_num(logits.detach().double(), neginf=0.0).abs().max()) * 2 + 10
+    tau = float(temperature.min()) if isinstance(temperature, torch.Tensor) else temperature
+    factor = 4.0 * (1.0 + spread / tau if need_entropy else 1.0) / min(tau, 1.0)
+    # Storing in the logits' dtype rounds once: half an eps, or half the smallest subnormal.
+    info = torch.finfo(logits.dtype)
+    close(grad, expected[2], atol * factor + info.smallest_normal * info.eps, rtol=info.eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_agrees_with_float64(backend, dtype, vocabulary):
+    check(*case(4, vocabulary, dtype), 1.0, backend)
+
+
+@pytest.mark.parametrize("need_entropy", [False, True])
+@pytest.mark.parametrize("temperature", [0.3, 1, 2.5, "per row"])
+def test_temperature(backend, temperature, need_entropy):
+    logits, targets = case(5, 37, torch.float32)
+    tau = torch.tensor([0.5, 1.0, 0.7, 3.0, 1.5]) if temperature == "per row" else temperature
+    check(logits, targets, tau, backend, need_entropy)
+
+
+@given(
+    rows=st.integers(0, 5),
+    vocabulary=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(backend, rows, vocabulary, dtype, temperature, seed):
+    if rows == 0:
+        logits = torch.zeros(0, vocabulary, dtype=dtype, requires_grad=True)
+        out, entropy = token_logprobs(
+            logits, torch.zeros(0, dtype=torch.long), return_entropy=True, backend=backend
+        )
+        assert out.shape == entropy.shape == (0,)
+        (grad,) = torch.autograd.grad(out.sum() + entropy.sum(), logits)
+        assert grad.shape == (0, vocabulary)
+    else:
+        check(*case(rows, vocabulary, dtype, seed), temperature, backend)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_extreme_logits(backend, offset):
+    logits, targets = case(3, 40, torch.float32)
+    check(logits + offset, targets, 1.0, backend)
+    logits = torch.zeros(2, 5)
+    logits[:, 2] = offset
+    check(logits, torch.tensor([2, 4]), 1.0, backend)
+
+
+def test_minus_infinity_masks_columns(backend):
+    logits, targets = case(4, 33, torch.float32)
+    allowed = torch.arange(33) % 3 == 0
+    targets = torch.where(targets == -100, -100, targets // 3 * 3)
+    masked = torch.where(allowed, logits, -math.inf).requires_grad_()
+    logprobs, entropy = token_logprobs(masked, targets, return_entropy=True, backend=backend)
+    columns = torch.where(targets == -100, -100, targets // 3)
+    expected = oracle.token_logprobs(logits[:, allowed], columns)
+    close(logprobs, expected[0], row_tolerance(logits))
+    close(entropy, expected[1], row_tolerance(logits))
+    (grad,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), masked)
+    assert grad.isfinite().all() and (grad[:, ~allowed] == 0).all()
+
+
+def test_a_row_of_minus_infinity_is_nan_alone(backend):
+    logits, targets = case(5, 20, torch.float32)
+    expected = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    logits[3] = -math.inf
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    (grad,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), logits)
+    others = torch.arange(5) != 3
+    assert logprobs[3].isnan() and entropy[3].isnan() and grad[3].isnan().all()
+    assert torch.equal(logprobs[others], expected[0][others])
+    assert torch.equal(entropy[others], expected[1][others])
+    assert grad[others].isfinite().all()
+
+
+def test_nan_logits_are_not_hidden(backend):
+    logits, targets = case(4, 20, torch.float32)
+    logits[2, 5] = math.nan
+    logprobs, entropy = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    assert logprobs[2].isnan() and entropy[2].isnan()
+    assert logprobs[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3])
+def test_ignored_rows_give_zero_whatever_they_hold(backend, ignore_index):
+    logits, _ = case(6, 17, torch.float32)
+    targets = torch.tensor([1, ignore_index, 16, ignore_index, ignore_index, 0])
+    dropped = targets == ignore_index
+    logits[1], logits[3], logits[4] = math.nan, math.inf, -math.inf
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(
+        logits, targets, return_entropy=True, ignore_index=ignore_index, backend=backend
+    )
+    upstream = torch.where(dropped, math.nan, 1.0)
+    (grad,) = torch.autograd.grad((logprobs, entropy), logits, (upstream, upstream))
+    assert (logprobs[dropped] == 0).all() and (entropy[dropped] == 0).all()
+    assert (grad[dropped] == 0).all() and grad[~dropped].isfinite().all()
+    assert (logprobs[~dropped] < 0).all() and (grad[~dropped] != 0).any()
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows", "expanded", "transposed", "batch"])
+def test_layouts(backend, layout):
+    """The same numbers through strides give the same results, and gradients in their places."""
+    base = normal(6, 12, 40, seed=3)
+    view = {
+        "columns": lambda x: x[0, :6, 5:30],
+        "rows": lambda x: x[0, ::2],
+        "expanded": lambda x: x[0, :1].expand(6, 40),
+        "transposed": lambda x: x[0].t(),
+        "batch": lambda x: x[:, 1:4, 3:20],
+    }[layout]
+    through = base.clone().requires_grad_()
+    plain = base.clone().requires_grad_()
+    shape = view(base).shape
+    targets = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % shape[-1]
+    a = token_logprobs(view(through), targets, backend=backend)
+    b = token_logprobs(view(plain).contiguous(), targets, backend=backend)
+    assert torch.equal(a, b)
+    weights = normal(*targets.shape, seed=4)
+    (of_view,) = torch.autograd.grad((a * weights).sum(), through)
+    (of_copy,) = torch.autograd.grad((b * weights).sum(), plain)
+    assert torch.equal(of_view, of_copy)
+
+
+def test_leading_dimensions(backend):
+    logits, targets = case(6, 11, torch.float32)
+    flat = token_logprobs(logits, targets, backend=backend)
+    shaped = token_logprobs(logits.view(2, 3, 11), targets.view(2, 3), backend=backend)
+    assert torch.equal(flat.view(2, 3), shaped)
+    assert torch.equal(flat[0], token_logprobs(logits[0], targets[0], backend=backend))
+
+
+def test_integer_targets_of_any_width(backend):
+    logits, targets = case(4, 11, torch.float32)
+    expected = token_logprobs(logits, targets, backend=backend)
+    assert torch.equal(expected, token_logprobs(logits, targets.int(), backend=backend))
+
+
+@pytest.mark.parametrize("bad", [-1, 11, 2**40])
+def test_target_out_of_range(backend, bad):
+    logits, targets = case(4, 11, torch.float32)
+    targets[2] = bad
+    with pytest.raises(ValueError, match=rf"{bad}.*row 2"):
+        token_logprobs(logits, targets, backend=backend)
+
+
+def test_only_one_output_is_used(backend):
+    """The gradient of one output alone, whichever it is."""
+    logits, targets = case(4, 13, torch.float32)
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    one, zero = torch.ones(4).double().numpy(), torch.zeros(4).double().numpy()
+    for output, (g, h) in ((logprobs, (one, zero)), (entropy, (zero, one))):
+        (grad,) = torch.autograd.grad(output.sum(), logits, retain_graph=True)
+        expected = oracle.token_logprobs(logits, targets, grad_logprobs=g, grad_entropy=h)[2]
+        close(grad, expected, 40 * row_tolerance(logits))
+
+
+def test_second_derivative_raises(backend):
+    logits, targets = case(3, 7, torch.float32)
+    logits.requires_grad_()
+    total = token_logprobs(logits, targets, backend=backend).sum()
+    (grad,) = torch.autograd.grad(total, logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+def test_rows_do_not_depend_on_their_batch(backend):
+    logits, targets = case(9, 300, torch.float32)
+    whole = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    for i in range(9):
+        alone = token_logprobs(
+            logits[i : i + 1], targets[i : i + 1], return_entropy=True, backend=backend
+        )
+        for part, all_rows in zip(alone, whole):
+            close(part, all_rows[i : i + 1].double().numpy(), row_tolerance(logits))
