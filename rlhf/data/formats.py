@@ -174,11 +174,19 @@ def _instruction(row: Row) -> str:
 
 def _explicit_pair(row: Row, number: int) -> PreferencePair:
     prompt = _prompt_cell(row)
-    chosen, rejected = (
-        check_completion(_without_prompt(_cell(row, name), prompt), name)
-        for name in ("chosen", "rejected")
-    )
+    chosen, rejected = (_answer(row, name, prompt) for name in ("chosen", "rejected"))
     return PreferencePair(prompt, chosen, rejected, _metadata(row), number)
+
+
+def _answer(row: Row, name: str, prompt: Text) -> str | list[Message]:
+    """A completion; one that is given as the whole conversation loses the prompt."""
+    value = _cell(row, name)
+    if isinstance(value, str):
+        return check_string(value, name)
+    opening, messages = prompt_messages(prompt), check_messages(value, name)
+    if messages[: len(opening)] == opening:
+        messages = messages[len(opening) :]
+    return check_completion(messages, name)
 
 
 def _implicit_pair(row: Row, number: int) -> PreferencePair:
@@ -195,14 +203,6 @@ def _implicit_pair(row: Row, number: int) -> PreferencePair:
     else:
         conversations = check_messages(chosen, "chosen"), check_messages(rejected, "rejected")
     return PreferencePair(*split_shared_prompt(*conversations), _metadata(row), number)
-
-
-def _without_prompt(completion: Any, prompt: Text) -> Any:
-    """A completion given as the whole conversation, reduced to what follows the prompt."""
-    opening = prompt_messages(prompt)
-    if isinstance(completion, list) and completion[: len(opening)] == opening:
-        return completion[len(opening) :]
-    return completion
 
 
 def _prompt_cell(row: Row) -> Text:

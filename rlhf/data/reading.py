@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -124,7 +125,8 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
         if kind == "json":
-            _find_broken_json(path)
+            with contextlib.suppress(OSError, EOFError, UnicodeDecodeError):  # told below
+                _find_broken_json(path)
         cause = error.__cause__ or error
         raise DataError(f"{path}: cannot be read as {kind}: {cause}") from error
 
@@ -210,7 +212,7 @@ def _find_broken_json(path: Path) -> None:
                 continue
             row += 1
             try:
-                value = json.loads(line)
+                value = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"not valid JSON: {error.msg} at column {error.colno}; correct the line."
