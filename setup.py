@@ -90,7 +90,7 @@ def ninja_rules(build_dir: Path, target: Path) -> str:
     """The build as a ninja file: every kernel once per instruction set, the bindings once."""
     import pybind11
 
-    includes = [f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{ROOT / 'csrc'}", *(["-DRK_X86"] if len(isa_flags()) > 1 else [])]
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
     link = ["-shared", "-fopenmp"]
     if sys.platform == "darwin":

@@ -19,7 +19,7 @@ struct SoftmaxSums {
 // Refers the sums to a new maximum that is `drop` = (new - old)/tau >= 0 higher.
 template <class F, class Scalar>
 RK_FORMULA void refer_to_higher_max(SoftmaxSums<F>& sums, Scalar drop) {
-  const Scalar factor = exp(-drop);
+  const Scalar factor = ::exp(-drop);
   sums.weighted = (sums.weighted - sums.sum * drop) * factor;
   sums.sum = sums.sum * factor;
 }

@@ -1,0 +1,197 @@
+// rlhf_kernels._cpu: the kernels for Python, which passes addresses, sizes and strides as integers.
+// Nothing here knows torch: checks and allocation are the caller's (rlhf_kernels/backends/cpu.py).
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace rk;
+
+namespace {
+
+#define RK_KERNELS(isa) \
+  Kernels { #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::ppo_loss }
+
+// From the most capable on; what this machine cannot run is left out.
+std::vector<Kernels> runnable_kernels() {
+  std::vector<Kernels> found;
+#ifdef RK_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (avx512) found.push_back(RK_KERNELS(avx512));
+  if (avx2) found.push_back(RK_KERNELS(avx2));
+#endif
+  found.push_back(RK_KERNELS(baseline));
+  return found;
+}
+
+const std::vector<Kernels>& runnable() {
+  static const std::vector<Kernels> found = runnable_kernels();
+  return found;
+}
+
+Kernels active = runnable().front();
+
+void use_isa(const std::string& name) {
+  std::string names;
+  for (const Kernels& kernels : runnable()) {
+    if (name == kernels.name) {
+      active = kernels;
+      return;
+    }
+    names += std::string(names.empty() ? "" : ", ") + kernels.name;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not one that this machine runs (" +
+                              names + ")");
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Series series(uintptr_t address, int64_t row_stride) {
+  return {pointer<const float>(address), row_stride};
+}
+
+RowsIn rows_in(uintptr_t logits, int type, int64_t rows, int64_t columns, int64_t row_stride) {
+  return {pointer<const void>(logits), ElementType(type), rows, columns, row_stride};
+}
+
+// The first row whose target is neither in [0, columns) nor ignored; -1 where there is none.
+int64_t first_bad_target(const int64_t* targets, const RowsIn& logits, int64_t ignore_index) {
+  for (int64_t row = 0; row < logits.rows; ++row) {
+    const bool in_range = uint64_t(targets[row]) < uint64_t(logits.columns);
+    if (!in_range && targets[row] != ignore_index) return row;
+  }
+  return -1;
+}
+
+int64_t token_logprobs_forward(uintptr_t logits, int type, int64_t rows, int64_t columns,
+                               int64_t row_stride, uintptr_t targets, uintptr_t temperatures,
+                               float temperature, int64_t ignore_index, uintptr_t logprobs,
+                               uintptr_t entropy, uintptr_t lse, int threads) {
+  const TokenLogprobsForward args = {
+      rows_in(logits, type, rows, columns, row_stride),
+      pointer<const int64_t>(targets),
+      {pointer<const float>(temperatures), temperature},
+      ignore_index,
+      pointer<float>(logprobs),
+      pointer<float>(entropy),
+      pointer<float>(lse),
+      threads,
+  };
+  const int64_t bad = first_bad_target(args.targets, args.logits, ignore_index);
+  if (bad < 0) active.token_logprobs_forward(args);
+  return bad;
+}
+
+int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_t columns,
+                                int64_t row_stride, uintptr_t targets, uintptr_t temperatures,
+                                float temperature, int64_t ignore_index, uintptr_t lse,
+                                uintptr_t entropy, uintptr_t grad_logprobs, uintptr_t grad_entropy,
+                                uintptr_t grad, int64_t grad_row_stride, int threads) {
+  const TokenLogprobsBackward args = {
+      rows_in(logits, type, rows, columns, row_stride),
+      pointer<const int64_t>(targets),
+      {pointer<const float>(temperatures), temperature},
+      ignore_index,
+      pointer<const float>(lse),
+      pointer<const float>(entropy),
+      pointer<const float>(grad_logprobs),
+      pointer<const float>(grad_entropy),
+      pointer<void>(grad),
+      grad_row_stride,
+      threads,
+  };
+  const int64_t bad = first_bad_target(args.targets, args.logits, ignore_index);
+  if (bad < 0) active.token_logprobs_backward(args);
+  return bad;
+}
+
+void gae(uintptr_t rewards, int64_t rewards_stride, uintptr_t values, int64_t values_stride,
+         uintptr_t mask, int64_t mask_stride, uintptr_t bootstrap_values, double gamma, double lambda,
+         int64_t rows, int64_t columns, uintptr_t advantages, uintptr_t returns, int threads) {
+  active.gae({
+      series(rewards, rewards_stride),
+      series(values, values_stride),
+      {pointer<const uint8_t>(mask), mask_stride},
+      pointer<const float>(bootstrap_values),
+      float(gamma),
+      float(gamma * lambda),
+      rows,
+      columns,
+      pointer<float>(advantages),
+      pointer<float>(returns),
+      threads,
+  });
+}
+
+// Inputs come as (address, row stride); an absent one has address 0.
+typedef std::pair<uintptr_t, int64_t> Input;
+
+void ppo_loss(Input logprobs, Input old_logprobs, Input advantages, Input mask, Input values,
+              Input old_values, Input returns, Input entropy, int64_t rows, int64_t columns,
+              float clip_low, float clip_high, float dual_clip, float value_clip_range,
+              float value_coef, float entropy_coef, int aggregation, uintptr_t normalizer,
+              uintptr_t loss, uintptr_t stats, uintptr_t grad_logprobs, uintptr_t grad_values,
+              uintptr_t grad_entropy, int threads) {
+  const int64_t chunks = (rows * columns + kPpoChunk - 1) / kPpoChunk;
+  std::vector<double> scratch(size_t(chunks * kPpoScratch));
+  active.ppo_loss({
+      series(logprobs.first, logprobs.second),
+      series(old_logprobs.first, old_logprobs.second),
+      series(advantages.first, advantages.second),
+      series(values.first, values.second),
+      series(old_values.first, old_values.second),
+      series(returns.first, returns.second),
+      series(entropy.first, entropy.second),
+      {pointer<const uint8_t>(mask.first), mask.second},
+      rows,
+      columns,
+      clip_low,
+      clip_high,
+      dual_clip,
+      value_clip_range,
+      value_coef,
+      entropy_coef,
+      Aggregation(aggregation),
+      pointer<const float>(normalizer),
+      pointer<float>(loss),
+      pointer<float>(stats),
+      pointer<float>(grad_logprobs),
+      pointer<float>(grad_values),
+      pointer<float>(grad_entropy),
+      scratch.data(),
+      threads,
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  typedef py::call_guard<py::gil_scoped_release> release_gil;
+  module.doc() = "C++ kernels of rlhf_kernels for the CPU; called through backends/cpu.py.";
+  module.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : runnable()) names.push_back(kernels.name);
+    return py::tuple(py::cast(names));
+  });
+  module.def("isa", [] { return active.name; });
+  module.def("use_isa", &use_isa, py::arg("name"));
+  module.def("token_logprobs_forward", &token_logprobs_forward, release_gil());
+  module.def("token_logprobs_backward", &token_logprobs_backward, release_gil());
+  module.def("gae", &gae, release_gil());
+  module.def("ppo_loss", &ppo_loss, release_gil());
+}

@@ -1,0 +1,123 @@
+// What the bindings and the kernels agree on. Plain data only: this header is compiled for every
+// instruction set, and nothing in it may generate code.
+#pragma once
+
+#include <stdint.h>
+
+namespace rk {
+
+enum class ElementType : int { float32, bfloat16, float16 };
+
+struct RowsIn {  // [rows, columns], columns contiguous, any row stride (in elements)
+  const void* data;
+  ElementType type;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+};
+
+struct Temperature {
+  const float* per_row;  // or null
+  float number;          // used where per_row is null
+};
+
+struct TokenLogprobsForward {
+  RowsIn logits;
+  const int64_t* targets;
+  Temperature temperature;
+  int64_t ignore_index;
+  float* logprobs;
+  float* entropy;  // or null
+  float* lse;
+  int threads;
+};
+
+struct TokenLogprobsBackward {
+  RowsIn logits;
+  const int64_t* targets;
+  Temperature temperature;
+  int64_t ignore_index;
+  const float* lse;
+  const float* entropy;        // or null
+  const float* grad_logprobs;  // [rows]
+  const float* grad_entropy;   // or null
+  void* grad;                  // the type of the logits; may be the logits themselves
+  int64_t grad_row_stride;
+  int threads;
+};
+
+struct Series {  // float32 [rows, columns], columns contiguous
+  const float* data;  // or null where it is optional
+  int64_t row_stride;
+};
+
+struct Mask {  // one byte an element: 0 or 1
+  const uint8_t* data;
+  int64_t row_stride;
+};
+
+struct Gae {
+  Series rewards;
+  Series values;
+  Mask mask;
+  const float* bootstrap_values;  // [rows], or null
+  float gamma;
+  float gamma_lambda;
+  int64_t rows;
+  int64_t columns;
+  float* advantages;  // contiguous
+  float* returns;     // contiguous
+  int threads;
+};
+
+enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+
+constexpr int64_t kPpoChunk = 4096;  // tokens whose sums are taken together
+constexpr int64_t kPpoScratch = 15;  // doubles that a chunk leaves for the final sum
+
+struct PpoLoss {
+  Series logprobs, old_logprobs, advantages;
+  Series values, old_values, returns;  // all or none
+  Series entropy;                      // or null
+  Mask mask;
+  int64_t rows;
+  int64_t columns;
+  float clip_low, clip_high;  // the ratio's bounds
+  float dual_clip;            // infinity: none
+  float value_clip_range;     // infinity: none
+  float value_coef;
+  float entropy_coef;
+  Aggregation aggregation;
+  const float* normalizer;  // or null: derived from the mask
+  float* loss;              // [1]
+  float* stats;             // [11], in the order of PPO_STATS
+  float* grad_logprobs;     // contiguous; the next two null where their input is
+  float* grad_values;
+  float* grad_entropy;
+  double* scratch;  // kPpoScratch for every started chunk of rows·columns
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  void (*token_logprobs_forward)(const TokenLogprobsForward&);
+  void (*token_logprobs_backward)(const TokenLogprobsBackward&);
+  void (*gae)(const Gae&);
+  void (*ppo_loss)(const PpoLoss&);
+};
+
+#define RK_DECLARE_KERNELS(isa)                                  \
+  namespace isa {                                                \
+  void token_logprobs_forward(const TokenLogprobsForward& args);   \
+  void token_logprobs_backward(const TokenLogprobsBackward& args); \
+  void gae(const Gae& args);                                     \
+  void ppo_loss(const PpoLoss& args);                            \
+  }
+
+RK_DECLARE_KERNELS(baseline)
+#ifdef RK_X86
+RK_DECLARE_KERNELS(avx2)
+RK_DECLARE_KERNELS(avx512)
+#endif
+
+}  // namespace rk

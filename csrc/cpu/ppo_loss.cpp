@@ -1,0 +1,265 @@
+// Loss, statistics and gradients of clipped PPO in one pass over the tokens.
+//
+// Sums are taken in double, first within chunks of fixed size, then over the chunks in their order:
+// the result has the same bits whatever the number of threads.
+
+#include <math.h>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/vector_exp.h"
+#include "math/ppo_loss.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace {
+
+// What is added up over the valid tokens. The first three carry the aggregation's weights.
+enum Sum {
+  kPolicyLoss,
+  kValueLoss,
+  kWeightedEntropy,
+  kEntropy,
+  kLogRatio,
+  kK3,
+  kClipped,
+  kValueClipped,
+  kDualClipped,
+  kRatio,
+  kReturn,         // returns relative to one of them, so that equal ones have no variance at all
+  kReturnSquared,
+  kError,
+  kErrorSquared,
+  kNumSums,
+  kRatioMax = kNumSums,  // stands behind the sums in a chunk's scratch
+};
+static_assert(kRatioMax + 1 == kPpoScratch, "the bindings allocate as much as a chunk writes");
+
+struct Lanes {
+  Doubles sums[kNumSums];
+  Floats ratio_max;
+};
+
+struct MaskSummary {
+  int64_t tokens;
+  int64_t sequences;
+  float some_return;  // the first valid one
+};
+
+int64_t count_valid(const uint8_t* mask, int64_t n) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += mask[i];
+  return count;
+}
+
+MaskSummary summarize(const PpoLoss& args) {
+  MaskSummary summary = {0, 0, 0.0f};
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
+    const int64_t count = count_valid(mask, args.columns);
+    if (count == 0) continue;
+    if (summary.tokens == 0 && args.returns.data) {
+      int64_t first = 0;
+      while (!mask[first]) ++first;
+      summary.some_return = args.returns.data[row * args.returns.row_stride + first];
+    }
+    summary.tokens += count;
+    summary.sequences += 1;
+  }
+  return summary;
+}
+
+// What one token of the row counts for in the loss.
+double row_weight(const PpoLoss& args, const MaskSummary& summary, int64_t row) {
+  const bool by_token = args.aggregation == Aggregation::token_mean;
+  const double derived = double(by_token ? summary.tokens : summary.sequences);
+  const double normalizer = args.normalizer ? double(*args.normalizer) : derived;
+  if (args.aggregation != Aggregation::seq_mean_token_mean) return 1.0 / normalizer;
+  const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
+  const int64_t count = count_valid(mask, args.columns);
+  return count == 0 ? 0.0 : 1.0 / (double(count) * normalizer);
+}
+
+// A piece of one row: `n` tokens from column `start` on.
+struct Piece {
+  const PpoLoss& args;
+  int64_t row;
+  int64_t start;
+  int64_t n;
+  float weight;
+  float some_return;
+
+  const float* in(const Series& series) const {
+    return series.data + row * series.row_stride + start;
+  }
+  float* out(float* data) const { return data + row * args.columns + start; }
+};
+
+struct Whole {  // all lanes
+  static RK_FORMULA Floats read(const float* from, int64_t) { return load<Float32>(from); }
+  static RK_FORMULA void write(float* to, int64_t, Floats x) { store<Float32>(to, x); }
+  static RK_FORMULA Bytes read_mask(const uint8_t* from, int64_t) { return load_as<Bytes>(from); }
+};
+
+struct First {  // the first `count` lanes; the others are masked
+  static RK_FORMULA Floats read(const float* from, int64_t count) {
+    return load_first<Float32>(from, count, 0.0f);
+  }
+  static RK_FORMULA void write(float* to, int64_t count, Floats x) {
+    store_first<Float32>(to, count, x);
+  }
+  static RK_FORMULA Bytes read_mask(const uint8_t* from, int64_t count) {
+    Bytes bytes = {};
+    memcpy(&bytes, from, size_t(count));
+    return bytes;
+  }
+};
+
+// The valid lanes of one place in a piece; 0 where masked, whatever stands there.
+template <class Access>
+struct PartialRead {
+  const Piece& piece;
+  int64_t i;
+  int64_t count;
+  Ints valid;
+
+  RK_FORMULA Floats operator()(const Series& series) const {
+    const Floats all = Access::read(piece.in(series) + i, count);
+    return valid ? all : Floats{};
+  }
+};
+
+RK_FORMULA void add(Doubles& sum, Floats x) { sum += __builtin_convertvector(x, Doubles); }
+
+RK_FORMULA Floats ones_where(Ints mask) { return mask ? splat(1.0f) : Floats{}; }
+
+template <class Access>
+RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints valid, Floats weight,
+                           const PpoClipping& clip, Lanes& lanes) {
+  const PpoLoss& args = piece.args;
+  const PartialRead<Access> read = {piece, i, count, valid};
+  const Floats log_ratio = read(args.logprobs) - read(args.old_logprobs);
+  const Floats ratio = vector_exp(log_ratio);
+  const auto term = policy_term(ratio, read(args.advantages), clip);
+  Access::write(piece.out(args.grad_logprobs) + i, count, weight * term.gradient);
+  // Masked lanes hold log ratio 0 and advantage 0: every term below is 0 there but the ratio.
+  add(lanes.sums[kPolicyLoss], weight * term.loss);
+  add(lanes.sums[kLogRatio], log_ratio);
+  add(lanes.sums[kK3], exp_minus_one_minus(log_ratio, ratio));
+  add(lanes.sums[kClipped], ones_where(term.clipped));
+  add(lanes.sums[kDualClipped], ones_where(term.dual_clipped));
+  const Floats valid_ratio = valid ? ratio : Floats{};
+  add(lanes.sums[kRatio], valid_ratio);
+  lanes.ratio_max = valid_ratio > lanes.ratio_max ? valid_ratio : lanes.ratio_max;
+}
+
+template <class Access>
+RK_FORMULA void add_values(const Piece& piece, int64_t i, int64_t count, Ints valid, Floats weight,
+                           const PpoClipping& clip, Lanes& lanes) {
+  const PpoLoss& args = piece.args;
+  const PartialRead<Access> read = {piece, i, count, valid};
+  const Floats value = read(args.values);
+  const Floats ret = read(args.returns);
+  const auto term = value_term(value, read(args.old_values), ret, clip);
+  Access::write(piece.out(args.grad_values) + i, count, weight * args.value_coef * term.gradient);
+  add(lanes.sums[kValueLoss], weight * term.loss);
+  add(lanes.sums[kValueClipped], ones_where(term.clipped));
+  const Floats error = ret - value;
+  const Floats centred = valid ? ret - piece.some_return : Floats{};
+  const Doubles wide_error = __builtin_convertvector(error, Doubles);
+  const Doubles wide_centred = __builtin_convertvector(centred, Doubles);
+  lanes.sums[kError] += wide_error;
+  lanes.sums[kErrorSquared] += wide_error * wide_error;
+  lanes.sums[kReturn] += wide_centred;
+  lanes.sums[kReturnSquared] += wide_centred * wide_centred;
+}
+
+template <class Access>
+RK_FORMULA void add_tokens(const Piece& piece, int64_t i, int64_t count, const PpoClipping& clip,
+                           Lanes& lanes) {
+  const PpoLoss& args = piece.args;
+  const uint8_t* mask = args.mask.data + piece.row * args.mask.row_stride + piece.start + i;
+  const Ints valid = __builtin_convertvector(Access::read_mask(mask, count), Ints) != 0;
+  const Floats weight = valid ? splat(piece.weight) : Floats{};
+  add_policy<Access>(piece, i, count, valid, weight, clip, lanes);
+  if (args.values.data) add_values<Access>(piece, i, count, valid, weight, clip, lanes);
+  if (args.entropy.data) {
+    const Floats entropy = PartialRead<Access>{piece, i, count, valid}(args.entropy);
+    add(lanes.sums[kEntropy], entropy);
+    add(lanes.sums[kWeightedEntropy], weight * entropy);
+    Access::write(piece.out(args.grad_entropy) + i, count, weight * -args.entropy_coef);
+  }
+}
+
+void add_piece(const Piece& piece, const PpoClipping& clip, Lanes& lanes) {
+  int64_t i = 0;
+  for (; i + kLanes <= piece.n; i += kLanes) add_tokens<Whole>(piece, i, kLanes, clip, lanes);
+  if (i < piece.n) add_tokens<First>(piece, i, piece.n - i, clip, lanes);
+}
+
+void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClipping& clip,
+               int64_t chunk, double* out) {
+  Lanes lanes = {};
+  const int64_t all = args.rows * args.columns;
+  const int64_t end = (chunk + 1) * kPpoChunk < all ? (chunk + 1) * kPpoChunk : all;
+  for (int64_t token = chunk * kPpoChunk; token < end;) {
+    const int64_t row = token / args.columns;
+    const int64_t start = token - row * args.columns;
+    const int64_t n = args.columns - start < end - token ? args.columns - start : end - token;
+    const float weight = float(row_weight(args, summary, row));
+    add_piece({args, row, start, n, weight, summary.some_return}, clip, lanes);
+    token += n;
+  }
+  for (int s = 0; s < kNumSums; ++s) out[s] = sum_of_lanes(lanes.sums[s]);
+  out[kRatioMax] = largest_lane(lanes.ratio_max);
+}
+
+double variance(double sum, double sum_squared, double n) {
+  const double mean = sum / n;
+  return sum_squared / n - mean * mean;
+}
+
+void write_results(const PpoLoss& args, const MaskSummary& summary, const double* sums) {
+  const double n = summary.tokens ? double(summary.tokens) : 1.0;
+  const double spread = variance(sums[kReturn], sums[kReturnSquared], n);
+  const double unexplained = variance(sums[kError], sums[kErrorSquared], n);
+  *args.loss = float(sums[kPolicyLoss] + double(args.value_coef) * sums[kValueLoss] -
+                     double(args.entropy_coef) * sums[kWeightedEntropy]);
+  const double stats[] = {
+      sums[kPolicyLoss],
+      sums[kValueLoss],
+      sums[kEntropy] / n,
+      -sums[kLogRatio] / n,
+      sums[kK3] / n,
+      sums[kClipped] / n,
+      sums[kValueClipped] / n,
+      sums[kDualClipped] / n,
+      sums[kRatio] / n,
+      sums[kRatioMax],
+      args.values.data && spread > 0 ? 1.0 - unexplained / spread : 0.0,
+  };
+  for (int s = 0; s < int(sizeof(stats) / sizeof(*stats)); ++s) args.stats[s] = float(stats[s]);
+}
+
+}  // namespace
+
+void ppo_loss(const PpoLoss& args) {
+  const MaskSummary summary = summarize(args);
+  const PpoClipping clip = {args.clip_low, args.clip_high, args.dual_clip, args.value_clip_range};
+  const int64_t chunks = (args.rows * args.columns + kPpoChunk - 1) / kPpoChunk;
+  const int threads = chunks < 2 ? 1 : chunks < args.threads ? int(chunks) : args.threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    add_chunk(args, summary, clip, chunk, args.scratch + chunk * kPpoScratch);
+  }
+  double total[kPpoScratch] = {};
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const double* part = args.scratch + chunk * kPpoScratch;
+    for (int s = 0; s < kNumSums; ++s) total[s] += part[s];
+    total[kRatioMax] = part[kRatioMax] > total[kRatioMax] ? part[kRatioMax] : total[kRatioMax];
+  }
+  write_results(args, summary, total);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,191 @@
+// Vectors of lanes in the compiler's own vector types: one source for SSE2, AVX2, AVX-512 and NEON.
+// Only what the language lacks (half precision, streaming stores) is written by instruction set.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "cpu/kernels.h"
+#include "math/host_device.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace rk {
+namespace RK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInts __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes * 2)));
+
+template <class To, class From>
+RK_FORMULA To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+RK_FORMULA V load_as(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+RK_FORMULA Floats splat(float x) { return Floats{} + x; }
+
+RK_FORMULA float largest_lane(Floats x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+RK_FORMULA double sum_of_lanes(Doubles x) {
+  double result = x[0];
+  for (int i = 1; i < kLanes; ++i) result += x[i];
+  return result;
+}
+
+// How elements of each type are read as float32 lanes and written back, rounded to nearest even.
+struct Float32 {
+  typedef float Element;
+  typedef Floats Raw;
+  static RK_FORMULA Floats widen(Raw x) { return x; }
+  static RK_FORMULA Raw narrow(Floats x) { return x; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Element;
+  typedef Halves Raw;
+  static RK_FORMULA Floats widen(Raw x) {
+    return bits_as<Floats>(__builtin_convertvector(x, UInts) << 16);
+  }
+  static RK_FORMULA Raw narrow(Floats x) {
+    const UInts bits = bits_as<UInts>(x);
+    const UInts rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const UInts quiet_nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector(x == x ? rounded : quiet_nan, Halves);
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Element;
+  typedef Halves Raw;
+#if defined(__F16C__)
+  static constexpr int kToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#endif
+#if defined(__AVX512F__)
+  // The maskz forms, as GCC 12 warns of the undefined vectors inside its plain ones.
+  static RK_FORMULA Floats widen(Raw x) { return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)x); }
+  static RK_FORMULA Raw narrow(Floats x) {
+    return (Raw)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, kToNearest);
+  }
+#elif defined(__F16C__)
+  static RK_FORMULA Floats widen(Raw x) { return (Floats)_mm256_cvtph_ps((__m128i)x); }
+  static RK_FORMULA Raw narrow(Floats x) {
+    return (Raw)_mm256_cvtps_ph((__m256)x, kToNearest);
+  }
+#else
+  static RK_FORMULA Floats widen(Raw x) {
+    const UInts h = __builtin_convertvector(x, UInts);
+    const UInts magnitude = h & 0x7fffu;
+    // Subnormals are multiples of 2^-24; normals move their exponent's bias from 15 to 127.
+    const Floats small = __builtin_convertvector(magnitude, Floats) * 0x1p-24f;
+    const UInts normal = (magnitude << 13) + (112u << 23);
+    const UInts special = (magnitude << 13) | 0x7f800000u;
+    UInts bits = magnitude < 0x0400u ? bits_as<UInts>(small) : normal;
+    bits = magnitude >= 0x7c00u ? special : bits;
+    return bits_as<Floats>(bits | ((h & 0x8000u) << 16));
+  }
+  static RK_FORMULA Raw narrow(Floats x) {
+    const UInts bits = bits_as<UInts>(x);
+    const UInts magnitude = bits & 0x7fffffffu;
+    // Below 2^-14 the sum with 0.5 leaves the rounded multiple of 2^-24 in the lowest bits.
+    const UInts small = bits_as<UInts>(bits_as<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+    const UInts normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    UInts half = magnitude < 0x38800000u ? small : normal;
+    half = magnitude >= 0x477ff000u ? UInts{} + 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? UInts{} + 0x7e00u : half;
+    return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Halves);
+  }
+#endif
+};
+
+template <class Type>
+RK_FORMULA Floats load(const typename Type::Element* from) {
+  return Type::widen(load_as<typename Type::Raw>(from));
+}
+
+template <class Type>
+RK_FORMULA void store(typename Type::Element* to, Floats x) {
+  const typename Type::Raw raw = Type::narrow(x);
+  memcpy(to, &raw, sizeof(raw));
+}
+
+// The first `count` lanes; the others hold `padding`.
+template <class Type>
+RK_FORMULA Floats load_first(const typename Type::Element* from, int64_t count, float padding) {
+  typename Type::Raw raw = Type::narrow(splat(padding));
+  memcpy(&raw, from, size_t(count) * sizeof(*from));
+  return Type::widen(raw);
+}
+
+template <class Type>
+RK_FORMULA void store_first(typename Type::Element* to, int64_t count, Floats x) {
+  const typename Type::Raw raw = Type::narrow(x);
+  memcpy(to, &raw, size_t(count) * sizeof(*to));
+}
+
+// Writes past the cache, without reading the line first; `to` is aligned to the size of a Raw.
+RK_FORMULA void stream_raw(void* to, Floats x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(to), (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(to), (__m256)x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(static_cast<float*>(to), (__m128)x);
+#else
+  memcpy(to, &x, sizeof(x));
+#endif
+}
+
+RK_FORMULA void stream_raw(void* to, Halves x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
+#else
+  memcpy(to, &x, sizeof(x));  // no 8-byte vector form in SSE2
+#endif
+}
+
+template <class Type>
+RK_FORMULA void stream(typename Type::Element* to, Floats x) {
+  stream_raw(to, Type::narrow(x));
+}
+
+// Makes streamed writes visible before the thread reports that it is done.
+RK_FORMULA void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,246 @@
+// Log-probability and entropy of one token per row: one read of the logits forward, one read and one
+// write backward. Rows are independent, so results do not depend on the number of threads.
+
+#include <math.h>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/vector_exp.h"
+#include "math/online_softmax.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace {
+
+// A block is read twice, the second time from the first-level cache: once for its maximum, so that
+// the exponentials need no rescaling in between. Float sums stay short; blocks add up in double.
+constexpr int kUnroll = 4;
+constexpr int64_t kBlock = 2048;
+// Larger gradients do not stay in a cache in any case: write past it.
+constexpr int64_t kStreamBytes = int64_t(64) << 20;
+
+struct RowSums {
+  float max;
+  double sum;
+  double weighted;
+};
+
+template <class Type>
+float block_max(const typename Type::Element* x, int64_t n) {
+  Floats highest[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) highest[u] = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const Floats v = load<Type>(x + i + u * kLanes);
+      highest[u] = v > highest[u] ? v : highest[u];
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    const Floats v = load_first<Type>(x + i, count, -INFINITY);
+    highest[0] = v > highest[0] ? v : highest[0];
+  }
+  for (int u = 1; u < kUnroll; ++u) highest[0] = highest[u] > highest[0] ? highest[u] : highest[0];
+  return largest_lane(highest[0]);
+}
+
+template <bool kEntropy>
+RK_FORMULA void add_terms(SoftmaxSums<Floats>& sums, Floats x, float max, float inverse_tau) {
+  const Floats d = (x - max) * inverse_tau;
+  const Floats e = exp_nonpositive(d);
+  sums.sum += e;
+  // e = 0 where d = -inf: that term is 0, not NaN.
+  if (kEntropy) sums.weighted += d < kExpUnderflow ? Floats{} : e * d;
+}
+
+template <class Type, bool kEntropy>
+SoftmaxSums<Floats> block_sums(const typename Type::Element* x, int64_t n, float max,
+                               float inverse_tau) {
+  SoftmaxSums<Floats> sums[kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      // The next block, while this one's arithmetic runs. A prefetch past the end is harmless.
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i + u * kLanes + kBlock));
+      add_terms<kEntropy>(sums[u], load<Type>(x + i + u * kLanes), max, inverse_tau);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    add_terms<kEntropy>(sums[0], load_first<Type>(x + i, count, -INFINITY), max, inverse_tau);
+  }
+  for (int u = 1; u < kUnroll; ++u) {
+    sums[0].sum += sums[u].sum;
+    sums[0].weighted += sums[u].weighted;
+  }
+  return sums[0];
+}
+
+template <class Type, bool kEntropy>
+RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) {
+  float max = -INFINITY;
+  SoftmaxSums<Doubles> total = {};
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = n - start < kBlock ? n - start : kBlock;
+    const float highest = block_max<Type>(x + start, count);
+    if (highest > max) {
+      if (max != -INFINITY) refer_to_higher_max(total, double(highest - max) * inverse_tau);
+      max = highest;
+    }
+    // While every logit is -inf, 0 stands for the maximum: each term is 0, and NaN stays NaN.
+    const float reference = max == -INFINITY ? 0.0f : max;
+    const auto part = block_sums<Type, kEntropy>(x + start, count, reference, inverse_tau);
+    total.sum += __builtin_convertvector(part.sum, Doubles);
+    if (kEntropy) total.weighted += __builtin_convertvector(part.weighted, Doubles);
+  }
+  return {max, sum_of_lanes(total.sum), sum_of_lanes(total.weighted)};
+}
+
+template <class Type>
+float element(const typename Type::Element* x) {
+  return load_first<Type>(x, 1, 0.0f)[0];
+}
+
+float temperature_of(const Temperature& temperature, int64_t row) {
+  return temperature.per_row ? temperature.per_row[row] : temperature.number;
+}
+
+template <class Type>
+void forward_row(const TokenLogprobsForward& args, int64_t row) {
+  const int64_t target = args.targets[row];
+  if (target == args.ignore_index) {
+    args.logprobs[row] = args.lse[row] = 0.0f;
+    if (args.entropy) args.entropy[row] = 0.0f;
+    return;
+  }
+  const float tau = temperature_of(args.temperature, row);
+  const float inverse_tau = 1.0f / tau;
+  const auto* x = static_cast<const typename Type::Element*>(args.logits.data) +
+                  row * args.logits.row_stride;
+  const RowSums sums = args.entropy ? row_sums<Type, true>(x, args.logits.columns, inverse_tau)
+                                    : row_sums<Type, false>(x, args.logits.columns, inverse_tau);
+  const float log_sum = float(log(sums.sum));
+  args.logprobs[row] = logprob((element<Type>(x + target) - sums.max) * inverse_tau, log_sum);
+  args.lse[row] = sums.max / tau + log_sum;
+  if (args.entropy) args.entropy[row] = entropy(log_sum, float(sums.sum), float(sums.weighted));
+}
+
+struct RowGradient {
+  float inverse_tau;
+  float lse;
+  float entropy;
+  float g;
+  float h;
+};
+
+template <bool kEntropy>
+RK_FORMULA Floats gradient(Floats x, const RowGradient& row) {
+  const Floats logp = x * row.inverse_tau - row.lse;
+  const Floats p = exp_nonpositive(logp);
+  if (!kEntropy) return p * -(row.g * row.inverse_tau);
+  const Floats grad = logit_gradient(p, logp, row.g, row.h, row.entropy, row.inverse_tau);
+  return logp < kExpUnderflow ? Floats{} : grad;  // 0·(-inf) is 0 here
+}
+
+template <class Type, bool kEntropy, bool kStream>
+void gradient_row(const typename Type::Element* x, typename Type::Element* out, int64_t n,
+                  const RowGradient& row) {
+  int64_t i = 0;
+  if (kStream) {
+    const int64_t offset = int64_t(reinterpret_cast<uintptr_t>(out) % sizeof(typename Type::Raw));
+    if (offset != 0) {
+      i = (int64_t(sizeof(typename Type::Raw)) - offset) / int64_t(sizeof(*out));
+      i = i < n ? i : n;
+      store_first<Type>(out, i, gradient<kEntropy>(load_first<Type>(x, i, 0.0f), row));
+    }
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats grad = gradient<kEntropy>(load<Type>(x + i), row);
+    kStream ? stream<Type>(out + i, grad) : store<Type>(out + i, grad);
+  }
+  if (i < n) {
+    const Floats grad = gradient<kEntropy>(load_first<Type>(x + i, n - i, 0.0f), row);
+    store_first<Type>(out + i, n - i, grad);
+  }
+}
+
+template <class Type, bool kStream>
+void backward_row(const TokenLogprobsBackward& args, int64_t row) {
+  const int64_t n = args.logits.columns;
+  const int64_t target = args.targets[row];
+  const auto* x = static_cast<const typename Type::Element*>(args.logits.data) +
+                  row * args.logits.row_stride;
+  auto* out = static_cast<typename Type::Element*>(args.grad) + row * args.grad_row_stride;
+  const float g = args.grad_logprobs[row];
+  const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
+  if (target == args.ignore_index) {
+    memset(out, 0, size_t(n) * sizeof(*out));
+    return;
+  }
+  const float inverse_tau = 1.0f / temperature_of(args.temperature, row);
+  const float entropy = args.entropy ? args.entropy[row] : 0.0f;
+  const RowGradient gradient = {inverse_tau, args.lse[row], entropy, g, h};
+  // Read before the row is overwritten, which it is where the gradient takes the logits' place.
+  const float logp = element<Type>(x + target) * inverse_tau - args.lse[row];
+  if (args.grad_entropy) {
+    gradient_row<Type, true, kStream>(x, out, n, gradient);
+  } else {
+    gradient_row<Type, false, kStream>(x, out, n, gradient);
+  }
+  store_first<Type>(out + target, 1, splat(target_gradient(logp, g, h, entropy, inverse_tau)));
+}
+
+// Threads are worth their start only from some amount of work on.
+int threads_for(const RowsIn& logits, int threads) {
+  const int64_t useful = 1 + logits.rows * logits.columns / 32768;
+  return useful < threads ? int(useful) : threads;
+}
+
+template <class Type>
+void forward(const TokenLogprobsForward& args) {
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads_for(args.logits, args.threads))
+  for (int64_t row = 0; row < args.logits.rows; ++row) forward_row<Type>(args, row);
+}
+
+template <class Type, bool kStream>
+void backward(const TokenLogprobsBackward& args) {
+#pragma omp parallel num_threads(threads_for(args.logits, args.threads))
+  {
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t row = 0; row < args.logits.rows; ++row) backward_row<Type, kStream>(args, row);
+    if (kStream) finish_streaming();
+  }
+}
+
+template <class Type>
+void backward(const TokenLogprobsBackward& args) {
+  const int64_t bytes =
+      args.logits.rows * args.logits.columns * int64_t(sizeof(typename Type::Element));
+  if (bytes > kStreamBytes && args.grad != args.logits.data) {
+    backward<Type, true>(args);
+  } else {
+    backward<Type, false>(args);
+  }
+}
+
+}  // namespace
+
+void token_logprobs_forward(const TokenLogprobsForward& args) {
+  switch (args.logits.type) {
+    case ElementType::float32: return forward<Float32>(args);
+    case ElementType::bfloat16: return forward<BFloat16>(args);
+    case ElementType::float16: return forward<Float16>(args);
+  }
+}
+
+void token_logprobs_backward(const TokenLogprobsBackward& args) {
+  switch (args.logits.type) {
+    case ElementType::float32: return backward<Float32>(args);
+    case ElementType::bfloat16: return backward<BFloat16>(args);
+    case ElementType::float16: return backward<Float16>(args);
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,251 @@
+"""The C++ kernels for CPU tensors: allocation and addresses around `rlhf_kernels._cpu`.
+
+Compiled for several instruction sets; the best that the machine runs is used, or the one that the
+environment variable RLHF_KERNELS_CPU_ISA names (baseline, avx2 or avx512).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.ppo_types import AGGREGATIONS, NUM_STATS, PPOLossConfig
+
+NAME = "cpu"
+PRIMITIVES = frozenset(
+    {"token_logprobs_forward", "token_logprobs_backward", "gae_forward", "ppo_loss_forward"}
+)
+ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
+
+_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABSENT = (0, 0)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The extension module, or why it cannot be used."""
+    try:
+        from rlhf_kernels import _cpu
+    except ImportError as error:
+        return None, _why_missing(error)
+    requested = os.environ.get(ISA_VARIABLE)
+    if requested:
+        try:
+            _cpu.use_isa(requested)
+        except ValueError as error:
+            return None, f"{ISA_VARIABLE}: {error}"
+    return _cpu, None
+
+
+def _why_missing(error: ImportError) -> str:
+    try:
+        from rlhf_kernels._build_info import CPU_MISSING
+    except ImportError:
+        return f"rlhf_kernels._cpu is not built (run `pip install -e .` in the checkout): {error}"
+    return CPU_MISSING or f"rlhf_kernels._cpu cannot be loaded: {error}"
+
+
+_cpu, _unavailable = _load()
+
+
+def availability() -> str | None:
+    """None where the kernels can be used, else the reason."""
+    return _unavailable
+
+
+def describe() -> str:
+    """For `rlhf_kernels.info`: the instruction set in use, among those that would run."""
+    return f"C++, {_cpu.isa()} code (this machine runs {', '.join(_cpu.isas())})"
+
+
+def token_logprobs_forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    need_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probabilities [N], entropies [N] (or None) and log-sum-exps [N] of the rows of [N, V].
+
+    The log-sum-exp of an ignored row is 0.
+    """
+    rows, columns = logits.shape
+    targets = targets.contiguous()
+    per_row, number = _temperature(temperature)
+    logprobs = torch.empty(rows, dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float32)
+    entropy = torch.empty(rows, dtype=torch.float32) if need_entropy else None
+    bad = _cpu.token_logprobs_forward(
+        logits.data_ptr(),
+        _ELEMENT_TYPES[logits.dtype],
+        rows,
+        columns,
+        logits.stride(0),
+        targets.data_ptr(),
+        _address(per_row),
+        number,
+        ignore_index,
+        logprobs.data_ptr(),
+        _address(entropy),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        checks.targets_in_range(targets, columns, ignore_index)
+    return logprobs, entropy, lse
+
+
+def token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
+    rows, columns = logits.shape
+    targets = targets.contiguous()
+    per_row, number = _temperature(temperature)
+    grad_logprobs = _vector(grad_logprobs)
+    grad_entropy = None if grad_entropy is None else _vector(grad_entropy)
+    entropy = None if entropy is None else _vector(entropy)
+    lse = _vector(lse)
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype)
+    bad = _cpu.token_logprobs_backward(
+        logits.data_ptr(),
+        _ELEMENT_TYPES[logits.dtype],
+        rows,
+        columns,
+        logits.stride(0),
+        targets.data_ptr(),
+        _address(per_row),
+        number,
+        ignore_index,
+        lse.data_ptr(),
+        _address(entropy),
+        grad_logprobs.data_ptr(),
+        _address(grad_entropy),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        checks.targets_in_range(targets, columns, ignore_index)
+    return out
+
+
+def gae_forward(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both [B, T]; masked positions are 0 and are stepped over."""
+    rewards, values, mask = _rows(rewards), _rows(values), _unit_columns(mask)
+    bootstrap = None if bootstrap_values is None else _vector(bootstrap_values)
+    advantages = torch.empty(values.shape, dtype=torch.float32)
+    returns = torch.empty(values.shape, dtype=torch.float32)
+    _cpu.gae(
+        rewards.data_ptr(),
+        rewards.stride(0),
+        values.data_ptr(),
+        values.stride(0),
+        mask.data_ptr(),
+        mask.stride(0),
+        _address(bootstrap),
+        gamma,
+        lam,
+        *values.shape,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return advantages, returns
+
+
+def ppo_loss_forward(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    config: PPOLossConfig,
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy."""
+    shape = logprobs.shape
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    value_range = math.inf if config.value_clip_range is None else config.value_clip_range
+    if values is not None and config.value_clip_range is None:
+        old_values = values  # takes no part: every step from it is inside an infinite range
+    series = [
+        None if x is None else _rows(x)
+        for x in (logprobs, old_logprobs, advantages, values, old_values, returns, entropy)
+    ]
+    mask = _unit_columns(mask)
+    normalizer = None if normalizer is None else _vector(normalizer)
+    loss = torch.empty((), dtype=torch.float32)
+    stats = torch.empty(NUM_STATS, dtype=torch.float32)
+    grad_logprobs = torch.empty(shape, dtype=torch.float32)
+    grad_values = None if values is None else torch.empty(shape, dtype=torch.float32)
+    grad_entropy = None if entropy is None else torch.empty(shape, dtype=torch.float32)
+    inputs = [_ABSENT if x is None else (x.data_ptr(), x.stride(0)) for x in series]
+    _cpu.ppo_loss(
+        *inputs[:3],
+        (mask.data_ptr(), mask.stride(0)),
+        *inputs[3:],
+        *shape,
+        1.0 - config.clip_range,
+        1.0 + high,
+        math.inf if config.dual_clip is None else config.dual_clip,
+        value_range,
+        config.value_coef,
+        config.entropy_coef,
+        AGGREGATIONS.index(config.aggregation),
+        _address(normalizer),
+        loss.data_ptr(),
+        stats.data_ptr(),
+        grad_logprobs.data_ptr(),
+        _address(grad_values),
+        _address(grad_entropy),
+        torch.get_num_threads(),
+    )
+    return loss, stats, grad_logprobs, grad_values, grad_entropy
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _vector(x: Tensor) -> Tensor:
+    """Float32 without gaps."""
+    return (x if x.dtype == torch.float32 else x.float()).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Float32 with columns side by side; any row stride."""
+    return _unit_columns(x if x.dtype == torch.float32 else x.float())
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return _vector(temperature), 1.0
+    return None, temperature
