@@ -1,0 +1,86 @@
+"""Where the critic and the reference come from when they are not given."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from rlhf.models import (
+    ModelError,
+    check_linear_head,
+    disable_dropout,
+    load_causal_lm,
+    load_scalar_model,
+    scalar_model_from_causal,
+)
+from rlhf.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+
+def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int) -> Any:
+    """The critic: a scalar model of its own, never one that is also used for something else.
+
+    Given: as it is. Else, if the reward is a ``RewardModel`` with the policy's tokenizer, a copy of
+    it, head included: it already judges unfinished responses well (Stiennon et al. 2020, arXiv
+    2009.01325). Else the policy's trunk with a new head.
+
+    Raises:
+        ModelError: The given one has fewer token ids than the policy, or is no scalar model.
+    """
+    if critic is not None:
+        model = load_scalar_model(critic, seed=seed)
+        if isinstance(reward, RewardModel) and model is reward.model:
+            model = copy.deepcopy(model)  # the reward must not change while the critic learns
+        if vocabulary_size(model) < vocabulary_size(policy):
+            raise ModelError(
+                f"the critic knows {vocabulary_size(model)} token ids and the policy "
+                f"{vocabulary_size(policy)}; give a critic with the policy's tokenizer"
+            )
+    elif isinstance(reward, RewardModel) and same_vocabulary(reward, policy, tokenizer):
+        logger.info("the critic starts as a copy of the reward model")
+        model = copy.deepcopy(reward.model).float()
+    else:
+        logger.info("the critic starts from the policy's trunk with a new value head")
+        model = scalar_model_from_causal(policy, seed=seed)
+    model.requires_grad_(True)
+    disable_dropout(model)
+    return model
+
+
+def make_reference(reference: Any, policy: Any) -> Any:
+    """The frozen reference: the given model, else a copy of the policy as it now is.
+
+    Raises:
+        ValueError: It is the policy itself, so the KL divergence would be 0 whatever happens.
+    """
+    if reference is policy:
+        raise ValueError(
+            "reference is the policy object itself; leave it out for a frozen copy, or give a "
+            "model of its own"
+        )
+    model = copy.deepcopy(policy) if reference is None else load_causal_lm(reference)
+    if vocabulary_size(model) != vocabulary_size(policy):
+        raise ModelError(
+            f"the reference has {vocabulary_size(model)} token ids and the policy "
+            f"{vocabulary_size(policy)}; give a reference with the policy's tokenizer"
+        )
+    check_linear_head(model)
+    disable_dropout(model)
+    return model.requires_grad_(False).eval()
+
+
+def same_vocabulary(reward: RewardModel, policy: Any, tokenizer: Any) -> bool:
+    """Whether the reward model reads the policy's token ids as the policy does."""
+    same = reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+    fits = vocabulary_size(reward.model) >= vocabulary_size(policy)
+    if not (same and fits):
+        logger.warning(
+            "the reward model's tokenizer differs from the policy's, so it cannot start the critic"
+        )
+    return same and fits
+
+
+def vocabulary_size(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]

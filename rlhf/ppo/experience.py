@@ -1,0 +1,114 @@
+"""What a rollout gives and an update takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.engine.batching import chunks
+
+Self = TypeVar("Self", bound="Sequences")
+
+
+@dataclass
+class Sequences:
+    """Prompts with their responses. B rows, P prompt and T response positions.
+
+    Attributes:
+        prompt_ids: int64 [B, P], left padded. prompt_mask: bool [B, P].
+        responses: int64 [B, T]. response_mask: bool [B, T], True on the tokens that are trained. A
+            False one between two True ones (a tool's output, say) is read but not trained.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    response_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.responses.shape[0]
+
+    def attended(self) -> Tensor:
+        """bool [B, T]: response positions up to the last trained one."""
+        return self.response_mask.flip(1).cumsum(1).flip(1) > 0
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """(prompt, response) lengths of each row, read by the host once."""
+        both = torch.stack([self.prompt_mask.sum(1), self.attended().sum(1)], dim=1)
+        return [(prompt, response) for prompt, response in both.tolist()]
+
+    def micro_batches(
+        self: Self, rows: Sequence[int], size: int, lengths: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[list[int], Self]]:
+        """The rows, ``size`` at a time, as (rows, this class without columns of padding alone).
+
+        They are sorted by length, so that little padding is left. That changes no result: every
+        loss is normalised by the whole minibatch.
+        """
+        for part in chunks(sorted(rows, key=lambda row: sum(lengths[row])), size):
+            prompt = max(lengths[row][0] for row in part)
+            response = max(1, max(lengths[row][1] for row in part))
+            yield part, self.select(part, prompt_length=prompt, response_length=response)
+
+    def select(
+        self: Self,
+        rows: Sequence[int],
+        *,
+        prompt_length: int | None = None,
+        response_length: int | None = None,
+    ) -> Self:
+        """These rows; with lengths, the last columns of the prompts and the first of the rest."""
+        index = torch.as_tensor(list(rows), device=self.responses.device)
+        width = self.prompt_ids.shape[1]
+        prompt_columns = slice(width - (width if prompt_length is None else prompt_length), width)
+        response_columns = slice(response_length)
+
+        def pick(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [value[row] for row in rows]
+            if not isinstance(value, Tensor):
+                return value
+            if value.dim() == 1:
+                return value[index]
+            columns = prompt_columns if name.startswith("prompt_") else response_columns
+            return value[index, columns]
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(**{name: pick(name, value) for name, value in fields.items()})
+
+
+@dataclass
+class Experience(Sequences):
+    """One batch of responses with all that an update needs, which a user may change beforehand.
+
+    Whoever changes ``scores`` calls ``PPOTrainer.estimate_advantages(experience)`` afterwards.
+
+    Attributes:
+        ended: bool [B], whether the response ended with EOS.
+        prompts: The rows ``{"prompt": ..., **columns}``. texts: The responses' texts.
+        scores: fp32 [B], what the reward returned.
+        logprobs: fp32 [B, T], under the policy that sampled, at the training temperature; 0 where
+            response_mask is False, as in all that follow.
+        ref_logprobs: fp32 [B, T], under the reference.
+        values: fp32 [B, T], the critic's value of the state before each token.
+        advantages, returns, rewards, kl: fp32 [B, T], see ``rlhf_kernels.rollout_advantages``.
+        seconds: Time that each phase of the rollout took.
+    """
+
+    ended: Tensor
+    prompts: list[dict[str, Any]]
+    texts: list[str]
+    scores: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+    kl: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,70 @@
+"""Log-probabilities and values of responses: one forward, used before and during training.
+
+That old log-probabilities come from the same function as the new ones is what makes the first
+ratio of an update 1; those that generation computes differ by its KV cache and its padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.models import hidden_states, lm_head, token_scores
+from rlhf.ppo.experience import Sequences
+from rlhf_kernels import linear_token_logprobs
+
+IGNORED = -100
+
+
+def response_logprobs(model: Any, batch: Sequences, temperature: float) -> Tensor:
+    """Log-probability of each response token, fp32 [B, T], 0 where masked.
+
+    The trunk reads everything but the last token, whose prediction nobody needs; the head runs on
+    the trained response positions alone.
+    """
+    hidden, weight, bias, targets = _head_inputs(model, batch)
+    return linear_token_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, ignore_index=IGNORED
+    )
+
+
+def response_logprobs_and_entropy(
+    model: Any, batch: Sequences, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The same log-probabilities and the entropy of each one's distribution, fp32 [B, T] each."""
+    hidden, weight, bias, targets = _head_inputs(model, batch)
+    return linear_token_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        return_entropy=True,
+        ignore_index=IGNORED,
+    )
+
+
+def response_values(critic: Any, batch: Sequences) -> Tensor:
+    """The critic's value of the state before each response token, fp32 [B, T], 0 where masked.
+
+    Read at the position whose logits predict the token: the one before it.
+    """
+    ids, mask = _inputs(batch)
+    values = token_scores(critic, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    return values.masked_fill(~batch.response_mask, 0.0)
+
+
+def _head_inputs(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden states [B, T, H] that predict the response tokens, the head, and the targets."""
+    ids, mask = _inputs(batch)
+    hidden = hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    weight, bias = lm_head(model)
+    return hidden, weight, bias, batch.responses.masked_fill(~batch.response_mask, IGNORED)
+
+
+def _inputs(batch: Sequences) -> tuple[Tensor, Tensor]:
+    ids = torch.cat([batch.prompt_ids, batch.responses], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.attended()], dim=1)
+    return ids[:, :-1], mask[:, :-1]

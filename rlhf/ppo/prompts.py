@@ -1,0 +1,88 @@
+"""Prompts: reading them, turning them into ids that fit, and the order in which they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.data import ChatFormat, DataError, load_rows, to_prompts
+from rlhf.ppo.seeds import derive_seed
+
+PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
+
+
+def read_prompts(source: Any) -> list[PromptRow]:
+    """Rows from a file, a folder, a hub name, a ``Dataset``, or a list of rows or texts.
+
+    Raises:
+        DataError: naming source and row.
+    """
+    if isinstance(source, str | Path):
+        return to_prompts(load_rows(source), str(source))
+    return to_prompts(source, "prompts")
+
+
+def encode_prompts(
+    rows: Sequence[PromptRow],
+    chat_format: ChatFormat,
+    *,
+    max_new_tokens: int,
+    context: int | None,
+    source: str = "prompts",
+) -> list[list[int]]:
+    """Token ids of prompts that leave room for a whole response.
+
+    Args:
+        rows: The prompts.
+        chat_format: Turns them into ids.
+        max_new_tokens: Room to leave.
+        context: Positions that the models have; None if unknown.
+        source: What to call the rows in errors.
+
+    Raises:
+        DataError: naming the row of a prompt that is too long or cannot be rendered.
+    """
+    encoded = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            ids = chat_format.prompt_ids(row["prompt"])
+        except DataError as error:
+            raise error.at(source, number) from error
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise DataError(
+                f"{source}, row {number}: the prompt has {len(ids)} tokens, and the model's "
+                f"context of {context} leaves {max(0, context - max_new_tokens)} beside "
+                f"max_new_tokens={max_new_tokens}. Shorten or remove the prompt, or lower "
+                "max_new_tokens."
+            )
+        encoded.append(ids)
+    return encoded
+
+
+class PromptOrder:
+    """An endless seeded order of ``count`` prompts: every one once, shuffled anew, and so on.
+
+    Any batch can be asked for by its number, so a run can be taken up in the middle.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def batch(self, number: int) -> list[int]:
+        """Indices of the prompts in a batch, counted from 0."""
+        indices: list[int] = []
+        position = number * self.batch_size
+        while len(indices) < self.batch_size:
+            round_number, place = divmod(position + len(indices), self.count)
+            missing = self.batch_size - len(indices)
+            indices += self._shuffled(round_number)[place : place + missing]
+        return indices
+
+    def _shuffled(self, round_number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", round_number))
+        return torch.randperm(self.count, generator=generator).tolist()

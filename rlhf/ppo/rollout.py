@@ -1,0 +1,97 @@
+"""From sampled and scored responses to advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.experience import Experience, Sequences
+from rlhf.ppo.forward import response_logprobs, response_values
+from rlhf.ppo.generation import Generated
+from rlhf.ppo.prompts import PromptRow
+from rlhf_kernels import rollout_advantages
+
+
+def make_experience(
+    rows: list[PromptRow],
+    generated: Generated,
+    scores: Tensor,
+    *,
+    policy: Any,
+    reference: Any,
+    critic: Any,
+    config: PPOConfig,
+) -> Experience:
+    """The experience with log-probabilities and values; its advantages are still zeros.
+
+    The log-probabilities are those of the distribution at ``config.temperature``, under the policy
+    as under the reference: top_p and top_k shape what is sampled, not what is trained.
+    """
+    sequences = Sequences(
+        generated.prompt_ids, generated.prompt_mask, generated.responses, generated.response_mask
+    )
+
+    def over_batch(function: Callable[[Sequences], Tensor]) -> Tensor:
+        return without_gradient(function, sequences, config.micro_batch_size)
+
+    temperature = config.temperature
+    zeros = torch.zeros_like(generated.responses, dtype=torch.float32)
+    return Experience(
+        **vars(sequences),
+        ended=generated.ended,
+        prompts=rows,
+        texts=generated.texts,
+        scores=scores,
+        logprobs=over_batch(partial(response_logprobs, policy, temperature=temperature)),
+        ref_logprobs=over_batch(partial(response_logprobs, reference, temperature=temperature)),
+        values=over_batch(partial(response_values, critic)),
+        advantages=zeros,
+        returns=zeros,
+        rewards=zeros,
+        kl=zeros,
+    )
+
+
+@torch.no_grad()
+def without_gradient(
+    function: Callable[[Sequences], Tensor], batch: Sequences, micro_batch_size: int
+) -> Tensor:
+    """``function`` (of a micro-batch, giving [b, t]) over the whole batch, fp32 [B, T]."""
+    result = torch.zeros_like(batch.responses, dtype=torch.float32)
+    rows = range(len(batch))
+    for part, micro_batch in batch.micro_batches(rows, micro_batch_size, batch.lengths()):
+        values = function(micro_batch)
+        index = torch.as_tensor(part, device=result.device)
+        result[index, : values.shape[1]] = values
+    return result
+
+
+def estimate_advantages(experience: Experience, config: PPOConfig) -> None:
+    """Set advantages, returns, rewards and kl from the scores, log-probabilities and values.
+
+    The score counts at the last valid token, and the episode ends there, whether it is EOS or the
+    response was cut off: nothing is bootstrapped.
+    """
+    scores = experience.scores
+    if config.missing_eos_penalty is not None:
+        scores = scores - config.missing_eos_penalty * (~experience.ended).float()
+    result = rollout_advantages(
+        scores,
+        experience.logprobs,
+        experience.ref_logprobs,
+        experience.values,
+        experience.response_mask,
+        kl_coef=config.kl_coef,
+        kl_estimator=config.kl_estimator,
+        gamma=config.gamma,
+        lam=config.lam,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+    )
+    experience.advantages, experience.returns = result.advantages, result.returns
+    experience.rewards, experience.kl = result.rewards, result.kl

@@ -1,0 +1,104 @@
+"""Calling a reward, and trusting nothing that it returns."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data import Text
+
+# (prompts, responses, **columns) -> one number for each response: a list, an array or a tensor.
+Reward = Callable[..., Any]
+
+
+class RewardError(RuntimeError):
+    """A reward failed, or returned something other than one finite number for each response."""
+
+
+def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:
+    """The scores of responses, checked.
+
+    Args:
+        reward: A ``RewardModel`` or any callable ``(prompts, responses, **columns)``. A callable
+            that names its columns, or takes none, is given those that it names.
+        rows: ``{"prompt": Text, **columns}`` for each response.
+        texts: The responses.
+
+    Returns:
+        fp32 [B] on the CPU.
+
+    Raises:
+        RewardError: It raised, returned a wrong number of scores, or a score that is not a finite
+            number; the message names the prompt.
+    """
+    prompts = [row["prompt"] for row in rows]
+    columns = _accepted_columns(reward, rows)
+    try:
+        returned = reward(prompts, list(texts), **columns)
+    except Exception as error:
+        raise RewardError(
+            f"the reward raised {type(error).__name__}: {error} (while scoring {len(texts)} "
+            f"responses, the first of them to the prompt {shorten(prompts[0])})"
+        ) from error
+    scores = _listed(returned)
+    if len(scores) != len(texts):
+        raise RewardError(
+            f"the reward returned {len(scores)} scores for {len(texts)} responses, the first of "
+            f"them to the prompt {shorten(prompts[0])}; it must return one number for each response"
+        )
+    return torch.tensor(
+        [_number(score, index, prompts, texts) for index, score in enumerate(scores)],
+        dtype=torch.float32,
+    )
+
+
+def shorten(text: Text, length: int = 80) -> str:
+    """A prompt or response in quotes, short enough for a message."""
+    words = text if isinstance(text, str) else text[-1]["content"]
+    return repr(words if len(words) <= length else words[: length - 1] + "…")
+
+
+def _accepted_columns(reward: Reward, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' other columns, as far as the reward can take them."""
+    names = {name: None for row in rows for name in row if name != "prompt"}
+    try:
+        parameters = inspect.signature(reward).parameters
+    except ValueError:  # written in C: no signature to read
+        return {}
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    taken = set(list(parameters)[:2])  # prompts and responses, whatever the reward calls them
+    return {
+        name: [row.get(name) for row in rows]
+        for name in names
+        if name not in taken and (takes_all or name in parameters)
+    }
+
+
+def _listed(returned: Any) -> list[Any]:
+    if hasattr(returned, "tolist"):  # a tensor or an array
+        returned = returned.tolist()
+    if isinstance(returned, str | dict) or not hasattr(returned, "__iter__"):
+        raise RewardError(
+            f"the reward returned {type(returned).__name__} ({str(returned)[:80]}); it must return "
+            "a list with one number for each response"
+        )
+    return list(returned)
+
+
+def _number(score: Any, index: int, prompts: Sequence[Text], texts: Sequence[str]) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise RewardError(
+            f"the reward of response {index + 1} of {len(texts)} is {score!r}; it must be a finite "
+            f"number. Prompt: {shorten(prompts[index])}. Response: {shorten(texts[index])}. "
+            "Nothing was updated."
+        )
+    return number

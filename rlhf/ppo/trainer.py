@@ -1,0 +1,240 @@
+"""PPO for language models: sample, score, estimate advantages, take a few clipped steps, again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.data import ChatFormat, prepare_tokenizer
+from rlhf.engine import Engine, Trackers, ensure_writable, save_config, save_model
+from rlhf.models import (
+    check_linear_head,
+    context_length,
+    disable_dropout,
+    load_causal_lm,
+    load_tokenizer,
+)
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.critic import make_critic, make_reference
+from rlhf.ppo.experience import Experience
+from rlhf.ppo.generation import Generated, GenerationSettings, generate
+from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats
+from rlhf.ppo.prompts import PromptOrder, PromptRow, encode_prompts, read_prompts
+from rlhf.ppo.rollout import estimate_advantages, make_experience
+from rlhf.ppo.scoring import Reward, score_responses
+from rlhf.ppo.seeds import derive_seed
+from rlhf.ppo.update import run_epochs
+
+KEY_FIGURES = ("reward", "score", "kl", "entropy", "approx_kl", "clip_fraction", "eos_rate")
+
+
+class PPOTrainer:
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) against a reward.
+
+    ``train()`` is nothing but the loop that a user may write instead::
+
+        for prompts in trainer.prompts:
+            experience = trainer.rollout(prompts)
+            metrics = trainer.update(experience)
+
+    The same configuration, models and data give the same figures, bit for bit, on one machine.
+
+    Args:
+        config: Settings.
+        policy: A causal model: an id, a folder or an object, which is trained in place.
+        tokenizer: An id, a folder or a tokenizer.
+        prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows or texts. Columns
+            beside the prompt go to the reward.
+        reward: A ``RewardModel`` or a callable ``(prompts, responses, **columns)`` that returns one
+            finite number for each response.
+        critic: A model with one score per position: an id, a folder or an object, which is trained
+            in place. None: a copy of the reward model if that has the policy's tokenizer, else the
+            policy's trunk with a new head.
+        reference: The model that the KL penalty keeps the policy near. None: a copy of the policy.
+
+    Raises:
+        OutputError: ``config.output_dir`` cannot be written to.
+        DataError: A prompt is malformed, or too long for the context; the message names its row.
+        ModelError: A model cannot be loaded or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: Any,
+        tokenizer: Any,
+        prompts: Any,
+        reward: Reward,
+        critic: Any = None,
+        reference: Any = None,
+    ) -> None:
+        ensure_writable(config.output_dir)
+        self.config = config
+        self.reward = reward
+        self.tokenizer = load_tokenizer(tokenizer)
+        prepare_tokenizer(self.tokenizer)
+        self.chat_format = ChatFormat(self.tokenizer, config.template)
+        policy = load_causal_lm(policy)
+        check_linear_head(policy)
+        disable_dropout(policy)
+        critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
+        critic.config.pad_token_id = self.tokenizer.pad_token_id
+        reference = make_reference(reference, policy)
+        known = [context_length(model) for model in (policy, critic, reference)]
+        self.context = min((length for length in known if length is not None), default=None)
+
+        self.rows = read_prompts(prompts)
+        self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
+        self.prompt_order = PromptOrder(len(self.rows), config.batch_size, config.seed)
+
+        steps = config.total_updates * config.steps_per_update
+        critic_rate = config.critic_learning_rate
+        self.policy_engine = Engine(policy, config, steps, name="the policy")
+        self.critic_engine = Engine(
+            critic, config, steps, learning_rate=critic_rate, name="the critic"
+        )
+        self.device = self.policy_engine.device
+        self.reference = reference.to(self.device)
+        self.rollouts_done = 0
+        self.updates_done = 0
+
+    @property
+    def policy(self) -> Any:
+        """The model that is trained."""
+        return self.policy_engine.model
+
+    @property
+    def critic(self) -> Any:
+        """The model that estimates values."""
+        return self.critic_engine.model
+
+    @property
+    def prompts(self) -> Iterator[list[PromptRow]]:
+        """The batches of prompts that are still to come, one for each update."""
+        for number in range(self.updates_done, self.config.total_updates):
+            yield [self.rows[index] for index in self.prompt_order.batch(number)]
+
+    def train(self) -> dict[str, float]:
+        """Do all updates, log them, save the models; returns the last update's metrics."""
+        config = self.config
+        metrics: dict[str, float] = {}
+        with Trackers(
+            config.trackers,
+            config.output_dir,
+            config.total_updates,
+            title="ppo",
+            key_figures=KEY_FIGURES,
+        ) as trackers:
+            for prompts in self.prompts:
+                experience = self.rollout(prompts)
+                metrics = self.update(experience)
+                if self.updates_done % config.log_every == 0 or self.finished:
+                    trackers.log(metrics, self.updates_done)
+        self.save()
+        return metrics
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done."""
+        return self.updates_done >= self.config.total_updates
+
+    def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
+        """Sample a response to each prompt and work out all that an update needs.
+
+        Raises:
+            RewardError: The reward failed or returned something unusable. Nothing has changed.
+            DataError: A prompt is malformed or too long.
+        """
+        config = self.config
+        rows = read_prompts(prompts)
+        encoded = self._encode(rows, "prompts of this rollout")
+        clock = Stopwatch(self.device)
+        with clock.phase("generate"):
+            generated = self._sample(encoded)
+        with clock.phase("score"):
+            scores = score_responses(self.reward, rows, generated.texts)
+        with clock.phase("logprobs"):
+            with self.policy_engine.autocast():
+                experience = make_experience(
+                    rows,
+                    generated,
+                    scores.to(self.device),
+                    policy=self.policy,
+                    reference=self.reference,
+                    critic=self.critic,
+                    config=config,
+                )
+            estimate_advantages(experience, config)
+        experience.seconds = clock.seconds
+        self.rollouts_done += 1
+        return experience
+
+    def estimate_advantages(self, experience: Experience) -> None:
+        """Set advantages, returns, rewards and kl anew, for whoever changed the scores."""
+        estimate_advantages(experience, self.config)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Train policy and critic on the experience: ``epochs`` passes in shuffled minibatches.
+
+        Returns:
+            The metrics of rollout and update that ``docs/ppo.md`` lists.
+
+        Raises:
+            NonFiniteError: The loss, or gradients three times in a row, were NaN or infinite.
+        """
+        clock = Stopwatch(self.device)
+        with clock.phase("update"):
+            stats = run_epochs(
+                experience,
+                self.policy_engine,
+                self.critic_engine,
+                self.config,
+                seed=derive_seed(self.config.seed, "minibatches", self.updates_done),
+            )
+        self.updates_done += 1
+        return self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+
+    def save(self) -> None:
+        """Write the policy to ``output_dir`` and the critic to ``output_dir/critic``, each a
+        Hugging Face folder with the tokenizer.
+        """
+        folder = Path(self.config.output_dir).expanduser()
+        save_model(self.critic, self.tokenizer, folder / "critic")
+        save_model(self.policy, self.tokenizer, folder)
+        save_config(self.config, folder)
+
+    def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
+        return encode_prompts(
+            rows,
+            self.chat_format,
+            max_new_tokens=self.config.max_new_tokens,
+            context=self.context,
+            source=source,
+        )
+
+    def _sample(self, prompt_ids: list[list[int]]) -> Generated:
+        config = self.config
+        settings = GenerationSettings(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            batch_size=config.generation_batch_size or len(prompt_ids),
+            dtype=config.dtype,
+        )
+        seed = derive_seed(config.seed, "generate", self.rollouts_done)
+        return generate(self.policy, self.tokenizer, prompt_ids, settings, seed=seed)
+
+    def _metrics(
+        self, experience: Experience, stats: UpdateStats, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        figures = {**experience_figures(experience), **stats.on_device()}
+        if self.config.dual_clip is None:
+            del figures["dual_clip_fraction"]
+        tokens = experience.response_mask.sum()
+        metrics = to_floats({**figures, "tokens": tokens})
+        metrics.update(stats.on_host())
+        metrics["tokens_per_second"] = metrics.pop("tokens") / sum(seconds.values())
+        metrics.update({f"seconds/{name}": value for name, value in seconds.items()})
+        return metrics

@@ -1,0 +1,74 @@
+"""The optimizer steps on one batch of experience."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlhf.engine import Engine, World
+from rlhf.engine.batching import chunks
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.experience import Experience
+from rlhf.ppo.forward import response_logprobs_and_entropy, response_values
+from rlhf.ppo.metrics import UpdateStats
+from rlhf_kernels import ppo_loss
+
+
+def run_epochs(
+    experience: Experience, policy: Engine, critic: Engine, config: PPOConfig, *, seed: int
+) -> UpdateStats:
+    """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
+    stats = UpdateStats(policy.device)
+    lengths = experience.lengths()
+    for rows in minibatches(len(experience), config, seed):
+        normalizer = loss_normalizer(experience.select(rows), config.aggregation, policy.world)
+        for _, part in experience.micro_batches(rows, config.micro_batch_size, lengths):
+            accumulate(part, policy, critic, config, normalizer, stats)
+        stats.end_step(policy.step(), critic.step())
+    return stats
+
+
+def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]:
+    """The rows of each optimizer step: in every epoch a new seeded partition of them all."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(config.epochs):
+        order = torch.randperm(count, generator=generator).tolist()
+        yield from chunks(order, config.minibatch_size)
+
+
+def accumulate(
+    part: Experience,
+    policy: Engine,
+    critic: Engine,
+    config: PPOConfig,
+    normalizer: Tensor,
+    stats: UpdateStats,
+) -> None:
+    """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
+    with policy.autocast():
+        logprobs, entropy = response_logprobs_and_entropy(policy.model, part, config.temperature)
+        values = response_values(critic.model, part)
+    loss, loss_stats = ppo_loss(
+        logprobs,
+        part.logprobs,
+        part.advantages,
+        part.response_mask,
+        values=values,
+        old_values=part.values,
+        returns=part.returns,
+        # Without a bonus the entropy is a statistic alone, and its backward is saved.
+        entropy=entropy if config.entropy_coef else entropy.detach(),
+        config=config.loss_config(),
+        normalizer=normalizer,
+    )
+    policy.backward(loss)
+    stats.add(loss_stats, part.response_mask.sum())
+
+
+def loss_normalizer(minibatch: Experience, aggregation: str, world: World) -> Tensor:
+    """What the whole minibatch's loss is divided by, so that its micro-batches add up to it."""
+    mask = minibatch.response_mask
+    counted = mask if aggregation == "token-mean" else mask.any(1)
+    return world.all_reduce_sum(counted.sum().float()).clamp(min=1)
