@@ -46,9 +46,9 @@ class RewardConfig(SupervisedConfig):
     Attributes:
         batch_size: Pairs in one optimizer step.
         micro_batch_size: Sequences in one forward pass; a pair is two.
-        overlong: What happens to a pair longer than max_length. Under error its responses lose
-            their end, and a prompt that leaves no room for one is an error; drop leaves pairs out
-            and counts them.
+        overlong: What happens to a pair longer than max_length: truncate cuts the end of its
+            responses, and a prompt that leaves no room for one is an error; drop leaves the pair
+            out and counts it.
         reference_pairs: The mean score of both responses of so many training pairs becomes 0.
     """
 
@@ -56,12 +56,12 @@ class RewardConfig(SupervisedConfig):
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.03
     batch_size: int = 32
-    overlong: Literal["error", "drop"] = "error"
+    overlong: Literal["truncate", "drop"] = "truncate"
     reference_pairs: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "overlong", ("error", "drop"))
+        check_choice(self, "overlong", ("truncate", "drop"))
         check_number(self, "reference_pairs", at_least=1, integer=True)
 
 

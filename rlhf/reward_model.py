@@ -46,7 +46,7 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:
-        """Load what ``save_pretrained`` or ``RewardTrainer`` wrote, onto the GPU if there is one."""
+        """Load what ``save_pretrained`` or ``RewardTrainer`` wrote, onto the GPU if any."""
         model = load_scalar_model(folder)
         template = getattr(model.config, "reward_template", "auto")
         return cls(model.to(World().device), load_tokenizer(folder), template)

@@ -133,8 +133,9 @@ class SupervisedTrainer(ABC):
                 results = self._finish() if last else {}
                 if self.has_eval:
                     results.update(self.evaluate())
-                trackers.log(results, self.engine.steps_done)
-                metrics.update(results)
+                if results:
+                    trackers.log(results, self.engine.steps_done)
+                    metrics.update(results)
         self.save()
         return metrics
 

@@ -1,0 +1,333 @@
+"""The engine: optimizer steps, schedules, failures, saving and tracking."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import tiny_llama, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.engine import (
+    Engine,
+    NonFiniteError,
+    OutputError,
+    Trackers,
+    TrainingConfig,
+    World,
+    ensure_writable,
+    epoch_steps,
+    learning_rate_factor,
+    resolve_dtype,
+    save_config,
+    save_model,
+    set_seed,
+)
+from rlhf.engine.engine import make_optimizer
+from rlhf.engine.tracking import ProgressBar, ProgressLines
+
+
+def config(**options: Any) -> TrainingConfig:
+    return TrainingConfig(**{"dtype": "float32", "lr_schedule": "constant", **options})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("output_dir", " "),
+        ("learning_rate", 0.0),
+        ("learning_rate", "1e-5"),
+        ("learning_rate", math.nan),
+        ("weight_decay", -0.1),
+        ("adam_beta2", 1.0),
+        ("adam_eps", 0),
+        ("max_grad_norm", -1.0),
+        ("lr_schedule", "step"),
+        ("warmup_ratio", 1.5),
+        ("seed", -1),
+        ("dtype", "float16"),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", 2.5),
+        ("micro_batch_size", True),
+        ("log_every", 0),
+        ("trackers", ["wandb"]),
+        ("trackers", "jsonl"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field) as caught:
+        TrainingConfig(**{field: value})
+    if field != "output_dir":
+        assert repr(value) in str(caught.value)
+
+
+def test_no_clipping_is_a_valid_setting() -> None:
+    assert TrainingConfig(max_grad_norm=None).max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447, 0.0]),
+    ],
+)
+def test_schedule(schedule: str, expected: list[float]) -> None:
+    """Six steps, two of warmup; the seventh is beyond the end."""
+    rates = [learning_rate_factor(schedule, step, 6, 1 / 3) for step in range(7)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_match_plain_adamw_with_clipping() -> None:
+    """Micro-batches add up; clipping, decay and the schedule are those of a hand-written loop."""
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    settings = config(learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.1, lr_schedule="linear")
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    engine = Engine(ours, settings, total_steps=3)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [theirs.weight], "weight_decay": 0.1},
+            {"params": [theirs.bias], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+    )
+    for step in range(3):
+        for part in (slice(0, 2), slice(2, 8)):
+            engine.backward(((ours(x[part]) - y[part]) ** 2).sum() / 16)
+        result = engine.step()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1 * (3 - step) / 3
+        ((theirs(x) - y) ** 2).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert result["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert result["grad_norm"] > 0.1  # clipping was at work
+        assert result["learning_rate"] == pytest.approx(0.1 * (3 - step) / 3)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_spares_vectors() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = make_optimizer(list(layer.parameters()), config(weight_decay=0.2), 0.1)
+    decays = {len(g["params"][0].shape): g["weight_decay"] for g in optimizer.param_groups}
+    assert decays == {2: 0.2, 1: 0.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_raises_before_gradients_are_touched(bad: float) -> None:
+    layer = nn.Linear(2, 1)
+    engine = Engine(layer, config(), 5, name="the policy")
+    engine.backward(layer(torch.ones(1, 2)).sum())
+    gradient = layer.weight.grad.clone()
+    with pytest.raises(NonFiniteError, match="loss of the policy at optimizer step 1"):
+        engine.backward(layer(torch.full((1, 2), bad)).sum())
+    assert torch.equal(layer.weight.grad, gradient)
+
+
+def test_a_bad_gradient_skips_the_step_and_the_third_in_a_row_raises(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layer = nn.Linear(2, 1)
+    engine = Engine(layer, config(learning_rate=0.1), 10)
+    before = layer.weight.detach().clone()
+
+    def step(gradient: float) -> dict[str, float]:
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        return engine.step()
+
+    for _ in range(2):
+        assert step(math.nan) == {"grad_norm": 0.0, "learning_rate": 0.1, "skipped_step": 1.0}
+    assert torch.equal(layer.weight, before)
+    assert "the step is skipped (2 in a row)" in caplog.text
+    assert step(1.0)["skipped_step"] == 0.0  # a good step in between starts the count anew
+    assert not torch.equal(layer.weight, before)
+    after = layer.weight.detach().clone()
+    step(math.inf)
+    step(math.inf)
+    with pytest.raises(NonFiniteError, match="3 in a row"):
+        step(math.inf)
+    assert torch.equal(layer.weight, after)
+    assert engine.steps_done == 5
+
+
+def test_weights_must_be_float32_and_trainable() -> None:
+    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16"):
+        Engine(nn.Linear(2, 1).bfloat16(), config(), 1)
+    with pytest.raises(ValueError, match="the critic has no trainable"):
+        Engine(nn.Linear(2, 1).requires_grad_(False), config(), 1, name="the critic")
+
+
+def test_autocast_follows_dtype_and_weights_stay_float32() -> None:
+    for dtype, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        engine = Engine(nn.Linear(2, 1), config(dtype=dtype), 1)
+        with engine.autocast():
+            out = engine.model(torch.ones(1, 2, device=engine.device))
+        assert out.dtype == expected
+        assert engine.model.weight.dtype == torch.float32
+
+
+def test_auto_dtype_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf.engine import precision
+
+    seconds = {torch.float32: 1.0, torch.bfloat16: 0.5}
+    monkeypatch.setattr(precision, "_product_seconds", lambda dtype: seconds[dtype])
+    for bfloat16, expected in ((0.5, torch.bfloat16), (0.9, torch.float32), (4.5, torch.float32)):
+        seconds[torch.bfloat16] = bfloat16
+        precision.cpu_is_fast_at_bfloat16.cache_clear()
+        assert resolve_dtype("auto", torch.device("cpu")) == expected
+    precision.cpu_is_fast_at_bfloat16.cache_clear()
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    ids = torch.arange(4, 12).unsqueeze(0)
+    grads = []
+    for checkpointing in (False, True):
+        engine = Engine(tiny_llama(), config(gradient_checkpointing=checkpointing), 1)
+        assert engine.model.is_gradient_checkpointing == checkpointing
+        ids = ids.to(engine.device)
+        engine.backward(engine.model(input_ids=ids, labels=ids).loss)
+        grads.append([parameter.grad for parameter in engine.parameters])
+    for plain, recomputed in zip(*grads):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
+
+
+def test_world_of_one() -> None:
+    world, tensor = World(), torch.ones(2)
+    assert world.is_main and world.all_reduce_sum(tensor) is tensor
+
+
+def test_set_seed_repeats() -> None:
+    import random
+
+    import numpy as np
+
+    draws = []
+    for _ in range(2):
+        set_seed(3)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+def test_epoch_steps_partition_and_sort_inside_a_step() -> None:
+    lengths = [(7 * i) % 23 for i in range(50)]
+    steps = epoch_steps(lengths, 16, 4, seed=1, epoch=0)
+    assert [sum(map(len, step)) for step in steps] == [16, 16, 16, 2]
+    assert sorted(i for step in steps for batch in step for i in batch) == list(range(50))
+    for step in steps:
+        seen = [lengths[i] for batch in step for i in batch]
+        assert seen == sorted(seen) and all(len(batch) <= 4 for batch in step)
+    assert steps == epoch_steps(lengths, 16, 4, seed=1, epoch=0)
+    # The examples of each step do not depend on how it is cut into micro-batches.
+    other = epoch_steps(lengths, 16, 16, seed=1, epoch=0)
+    assert [set(chain(*step)) for step in other] == [set(chain(*step)) for step in steps]
+    assert steps != epoch_steps(lengths, 16, 4, seed=1, epoch=1)
+    assert steps != epoch_steps(lengths, 16, 4, seed=2, epoch=0)
+
+
+def test_unwritable_output_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OutputError, match=r"cannot write to the output folder .*output_dir"):
+        ensure_writable(file / "folder")
+    with pytest.raises(OutputError):
+        save_model(tiny_llama(), tiny_tokenizer(), file / "folder")
+
+
+def test_saved_model_loads_and_saving_again_replaces_it(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    ensure_writable(folder)
+    (folder / "metrics.jsonl").write_text("kept")
+    (folder / "model-00001-of-00002.safetensors").write_text("stale")
+    ids = torch.arange(4, 12).unsqueeze(0)
+    for seed in (0, 1):
+        model = tiny_llama(seed)
+        save_model(model, tiny_tokenizer(), folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [8, 9]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.jsonl"} <= names
+    assert not names & {".partial", "model-00001-of-00002.safetensors"}
+
+
+def test_an_interrupted_save_leaves_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_llama(0), tiny_tokenizer(), tmp_path)
+    broken = tiny_llama(1)
+
+    def fail(folder: Path) -> None:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(broken, "save_pretrained", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        save_model(broken, tiny_tokenizer(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, tiny_llama(0).lm_head.weight)
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_save_config(tmp_path: Path) -> None:
+    save_config(config(seed=7), tmp_path)
+    assert json.loads((tmp_path / "training_config.json").read_text())["seed"] == 7
+
+
+def test_trackers_write_jsonl_and_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # the second run replaces the first
+        with Trackers(["jsonl", "tensorboard"], tmp_path, 2) as trackers:
+            trackers.log({"loss": 0.5}, 1)
+            trackers.log({"loss": 0.25, "kl": 1.0}, 2)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 0.5), (2, 0.25)]
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_metric_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
+    with (
+        Trackers(["jsonl"], tmp_path) as trackers,
+        pytest.raises(NonFiniteError, match="'kl' is nan at step 4"),
+    ):
+        trackers.log({"loss": 0.5, "kl": math.nan}, 4)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_unknown_tracker(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wandb"):
+        Trackers(["wandb"], tmp_path)
+
+
+def test_progress_without_a_terminal_is_plain_lines() -> None:
+    stream = io.StringIO()
+    progress = ProgressLines(Console(file=stream), "sft", 3, ["loss"])
+    for step in (1, 2, 3):
+        progress.log({"loss": 1 / step, "other": 5.0}, step)
+    progress.close()
+    assert stream.getvalue().splitlines() == ["sft 1/3  loss 1", "sft 3/3  loss 0.3333"]
+
+
+def test_progress_bar_shows_key_figures() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120)
+    progress = ProgressBar(console, "sft", 3, ["loss"])
+    progress.log({"loss": 0.125}, 3)
+    progress.close()
+    assert "3/3" in stream.getvalue() and "loss 0.125" in stream.getvalue()
