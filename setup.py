@@ -22,22 +22,22 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = ["token_logprobs", "gae", "ppo_loss"]
-# -ffp-contract=fast: a*b+c may become one fused instruction, the only liberty taken with arithmetic.
+# -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.
 COMMON_FLAGS = shlex.split(
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
     " -fno-trapping-math -Wall -Wextra -Wno-psabi"
 )
-X86_ISAS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
-    # GCC otherwise prefers 256-bit vectors in what it vectorises by itself.
-    + ["-mprefer-vector-width=512"],
-}
+AVX2 = shlex.split("-mavx2 -mfma -mf16c")
+AVX512 = shlex.split("-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512")
+X86_ISAS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512]}
 PROBE = """
 #include <omp.h>
 typedef float lanes __attribute__((vector_size(16)));
-int main() { lanes x = {1, 2, 3, 4}; x = x > 2.0f ? x : -x; return omp_get_max_threads() + int(x[0]) < 0; }
+int main() {
+  lanes x = {1, 2, 3, 4};
+  x = x > 2.0f ? x : -x;
+  return omp_get_max_threads() + int(x[0]) < 0;
+}
 """
 
 
