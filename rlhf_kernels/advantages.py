@@ -63,12 +63,12 @@ def gae(
         checks.same_device("rewards", rewards, bootstrap_values=bootstrap_values)
     dtype = checks.compute_dtype(rewards, values, bootstrap_values)
     return _gae(
-        checks.dense(rewards.detach(), dtype),
-        checks.dense(values.detach(), dtype),
-        checks.as_mask(mask).contiguous(),
+        rewards.detach().to(dtype),
+        values.detach().to(dtype),
+        checks.as_mask(mask),
         float(gamma),
         float(lam),
-        None if bootstrap_values is None else checks.dense(bootstrap_values.detach(), dtype),
+        None if bootstrap_values is None else bootstrap_values.detach().to(dtype),
         backend,
     )
 

@@ -135,8 +135,3 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def unit_interval(name: str, number: float) -> None:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} is {number!r}; expected a number in [0, 1]")
-
-
-def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this dtype, contiguous; itself where it is so already."""
-    return tensor.to(dtype).contiguous()

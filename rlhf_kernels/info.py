@@ -30,7 +30,9 @@ def report() -> str:
     forced = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     lines += ["", "Operations, and the backend of each by default"]
     if forced:
-        lines.append(f"  ({backends.ENVIRONMENT_VARIABLE}={forced} is set and replaces the default)")
+        lines.append(
+            f"  ({backends.ENVIRONMENT_VARIABLE}={forced} is set and replaces the default)"
+        )
     for operation, primitive in OPERATIONS.items():
         choices = [f"{device}: {_runs(primitive, device, forced)}" for device in _devices()]
         lines.append(f"  {operation:<34}{'   '.join(choices)}")

@@ -79,7 +79,7 @@ def linear_token_logprobs(
     checks.dimensions("weight", weight, 2, "[V, H]")
     vocabulary, width = weight.shape
     if vocabulary == 0:
-        raise ValueError("weight has shape (0, H); expected [V, H] with V >= 1")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1")
     if hidden.dim() == 0 or hidden.shape[-1] != width:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}], "

@@ -76,16 +76,16 @@ def ppo_loss(
     checks.like("logprobs", logprobs, mask=mask, **tensors)
     _check_values(values, old_values, returns, config)
     dtype = checks.compute_dtype(logprobs, *tensors.values())
-    logprobs = checks.dense(logprobs, dtype)
+    logprobs = logprobs.to(dtype)
     loss, stats, *_ = _ppo_loss(
         logprobs,
-        checks.dense(old_logprobs.detach(), dtype),
-        checks.dense(advantages.detach(), dtype),
-        checks.as_mask(mask).contiguous(),
-        None if values is None else checks.dense(values, dtype),
-        None if old_values is None else checks.dense(old_values.detach(), dtype),
-        None if returns is None else checks.dense(returns.detach(), dtype),
-        None if entropy is None else checks.dense(entropy, dtype),
+        old_logprobs.detach().to(dtype),
+        advantages.detach().to(dtype),
+        checks.as_mask(mask),
+        None if values is None else values.to(dtype),
+        None if old_values is None else old_values.detach().to(dtype),
+        None if returns is None else returns.detach().to(dtype),
+        None if entropy is None else entropy.to(dtype),
         checks.as_normalizer(normalizer, logprobs),
         config.clip_range,
         config.clip_range_high,

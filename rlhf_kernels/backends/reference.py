@@ -296,9 +296,15 @@ def _value_terms(
 
 
 def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    if returns.numel() == 0:
+        return returns.new_zeros(())
+    # Relative to one of them, so that equal returns have no variance at all, not a rounded one.
+    pivot = returns.reshape(-1)[mask.reshape(-1).byte().argmax()]
+    returns, values = returns - pivot, values - pivot
+
     def variance(x: Tensor) -> Tensor:
         centred = torch.where(mask, x - torch.where(mask, x, 0.0).sum() / count, 0.0)
         return centred.square().sum() / count
 
     total = variance(returns)
-    return torch.where(total > 0, 1.0 - variance(returns - values) / total, 0.0)
+    return torch.where(total == 0, 0.0, 1.0 - variance(returns - values) / total)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backends
+from rlhf_kernels import backends, checks
 from rlhf_kernels.ops import define
 
 # Enough rows for the matrix product to run at full speed, small beside model and activations.
@@ -95,6 +95,8 @@ def _forward(
     chunk_size: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # Here, since the row kernels know chunks and would name a chunk's row.
+    checks.targets_in_range(targets, weight.shape[0], ignore_index)
     with torch.no_grad(), _no_autocast(hidden):
         rows = _Rows(
             hidden,
@@ -248,8 +250,8 @@ def _autograd_backward(
         weight,
         bias,
         targets,
-        grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
+        grad_logprobs,
+        grad_entropy,
         temperature,
         temperatures,
         ignore_index,

@@ -89,9 +89,8 @@ def _autograd_backward(
         grad_entropy = entropy = None
     grad = token_logprobs_backward(
         logits,
-        # Gradients of sums are expanded scalars; backends take plain rows.
-        grad_logprobs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
+        grad_logprobs,
+        grad_entropy,
         targets,
         temperature,
         temperatures,

@@ -45,7 +45,11 @@ def row_tolerance(logits: Tensor, temperature: float | Tensor = 1.0) -> float:
     return EPS * (4 * size + math.sqrt(logits.shape[-1]) + 16)
 
 
-def close(actual: Tensor, expected: np.ndarray | float, atol: float, rtol: float = 0.0) -> None:
+def close(
+    actual: Tensor, expected: Tensor | np.ndarray | float, atol: float, rtol: float = 0.0
+) -> None:
+    if isinstance(expected, Tensor):
+        expected = expected.detach()
     torch.testing.assert_close(
         actual.detach().double(),
         torch.as_tensor(expected, dtype=torch.float64),

@@ -118,7 +118,9 @@ def test_layouts_and_dtypes(backend):
     half = gae(rewards.bfloat16(), values.bfloat16(), mask, backend=backend)
     wide = gae(rewards.bfloat16().float(), values.bfloat16().float(), mask, backend=backend)
     assert torch.equal(half[0], wide[0]) and half[0].dtype == torch.float32
-    same = gae(rewards[:1].expand(8, 12), values[:1].expand(8, 12), mask[:1].expand(8, 12), backend=backend)
+    same = gae(
+        rewards[:1].expand(8, 12), values[:1].expand(8, 12), mask[:1].expand(8, 12), backend=backend
+    )
     assert torch.equal(same[0], same[0][:1].expand(8, 12))
 
 
@@ -146,7 +148,9 @@ def test_rollout_advantages(backend, estimator, whiten_rewards):
         whiten_rewards=whiten_rewards,
         backend=backend,
     )
-    kl = torch.where(mask, kl_penalty(logprobs.double(), reference.double(), estimator=estimator), 0)
+    kl = torch.where(
+        mask, kl_penalty(logprobs.double(), reference.double(), estimator=estimator), 0
+    )
     rewards = torch.as_tensor(oracle.shaped_rewards(scores, kl, mask, 0.2))
     used = rewards
     if whiten_rewards:
@@ -154,8 +158,8 @@ def test_rollout_advantages(backend, estimator, whiten_rewards):
     advantages, returns = oracle.gae(used, values, mask, 0.97, 0.95)
     # Sizes are of order 10; the steps are those of gae's tolerance, then one division.
     atol = 2 * tolerance(14, 0.97, 0.95, 10.0)
-    close(result.kl, kl.numpy(), 8 * EPS * float(kl.abs().max()))
-    close(result.rewards, rewards.numpy(), 8 * EPS * float(rewards.abs().max()))
+    close(result.kl, kl, 8 * EPS * float(kl.abs().max()))
+    close(result.rewards, rewards, 8 * EPS * float(rewards.abs().max()))
     close(result.returns, returns, atol)
     close(result.advantages, oracle.whiten(torch.as_tensor(advantages), mask), atol)
     assert not any(part.requires_grad for part in result)

@@ -1,0 +1,160 @@
+"""Inputs that cannot be right: each raises a message that names the argument."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from kernel_cases import normal, ppo_inputs
+
+import rlhf_kernels as kernels
+from rlhf_kernels import PPOLossConfig
+
+X = normal(2, 3, seed=1)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+LOGITS = normal(2, 3, 7, seed=2)
+TARGETS = torch.zeros(2, 3, dtype=torch.long)
+HIDDEN, WEIGHT = normal(2, 3, 4, seed=3), normal(7, 4, seed=4)
+PPO = {name: ppo_inputs(2, 3)[name] for name in ("logprobs", "old_logprobs", "advantages")}
+VALUES = {name: ppo_inputs(2, 3)[name] for name in ("values", "old_values", "returns")}
+
+
+def logprobs(logits=LOGITS, targets=TARGETS, **options):
+    return kernels.token_logprobs(logits, targets, **options)
+
+
+def linear(hidden=HIDDEN, weight=WEIGHT, targets=TARGETS, **options):
+    return kernels.linear_token_logprobs(hidden, weight, targets, **options)
+
+
+def cross_entropy(**options):
+    return kernels.linear_cross_entropy(HIDDEN, WEIGHT, TARGETS, **options)
+
+
+def gae(rewards=X, values=X, mask=MASK, **options):
+    return kernels.gae(rewards, values, mask, **options)
+
+
+def rollout(scores=X[:, 0], logprobs=X, values=X, mask=MASK, **options):
+    return kernels.rollout_advantages(scores, logprobs, X, values, mask, kl_coef=0.1, **options)
+
+
+def ppo(mask=MASK, **changes):
+    return kernels.ppo_loss(**(PPO | {"mask": mask} | changes))
+
+
+def linear_ppo(hidden=HIDDEN, targets=TARGETS, mask=MASK, old=X, **options):
+    return kernels.linear_ppo_loss(hidden, WEIGHT, targets, old, X, mask, **options)
+
+
+def shaped(scores=X[:, 0], kl=X, mask=MASK):
+    return kernels.shaped_rewards(scores, kl, mask, kl_coef=0.1)
+
+
+VALUE_ERRORS = {
+    "targets has shape (2, 2); expected (2, 3)": lambda: logprobs(targets=TARGETS[:, :2]),
+    "logits has shape (2, 3, 0)": lambda: logprobs(LOGITS[..., :0]),
+    "logits has shape ()": lambda: logprobs(torch.tensor(1.0), torch.tensor(0)),
+    "targets is on meta; expected cpu": lambda: logprobs(targets=TARGETS.to("meta")),
+    "temperature is 0.0": lambda: logprobs(temperature=0.0),
+    "temperature is -1": lambda: logprobs(temperature=-1),
+    "temperature is nan": lambda: logprobs(temperature=float("nan")),
+    "temperature has shape (3,); expected (2, 3)": lambda: logprobs(temperature=X[0].abs()),
+    "targets holds 7 at flat row 4": lambda: logprobs(targets=torch.tensor([[0, 1, 2], [3, 7, 9]])),
+    "targets holds 7 at flat row 5": lambda: linear(
+        targets=torch.tensor([[0, -100, 2], [3, -100, 7]]), chunk_size=2
+    ),
+    "hidden has shape (2, 3, 3); expected [..., 4]": lambda: linear(HIDDEN[..., :3]),
+    "weight has shape (4,); expected 2 dimensions": lambda: linear(weight=WEIGHT[0]),
+    "weight has shape (0, 4)": lambda: linear(weight=WEIGHT[:0]),
+    "bias has shape (4,); expected (7,)": lambda: linear(bias=WEIGHT[0]),
+    "targets has shape (3,); expected (2, 3), the shape of hidden": lambda: linear(
+        targets=TARGETS[0]
+    ),
+    "chunk_size is 0": lambda: linear(chunk_size=0),
+    "reduction is 'none'; choose one of mean, sum": lambda: cross_entropy(reduction="none"),
+    "normalizer is 0": lambda: cross_entropy(normalizer=0),
+    "normalizer has shape (2,)": lambda: cross_entropy(normalizer=torch.ones(2)),
+    "values has shape (2, 2); expected (2, 3)": lambda: gae(values=X[:, :2]),
+    "mask has shape (3,); expected (2, 3)": lambda: gae(mask=MASK[0]),
+    "rewards has shape (3,); expected 2 dimensions": lambda: gae(X[0], X[0], MASK[0]),
+    "bootstrap_values has shape (3,); expected (2,)": lambda: gae(bootstrap_values=X[0]),
+    "gamma is 1.5": lambda: gae(gamma=1.5),
+    "lam is -0.1": lambda: gae(lam=-0.1),
+    "mask is on meta": lambda: gae(mask=MASK.to("meta")),
+    "scores has shape (2, 3); expected (2,)": lambda: rollout(scores=X),
+    "values has shape (2, 2); expected (2, 3), the shape of logprobs": lambda: rollout(
+        values=X[:, :2]
+    ),
+    "kl_estimator is 'k4'; choose one of k1, k2, k3, abs": lambda: rollout(kl_estimator="k4"),
+    "estimator is 'k4'": lambda: kernels.kl_penalty(X, X, estimator="k4"),
+    "ref_logprobs has shape (2, 2)": lambda: kernels.kl_penalty(X, X[:, :2]),
+    "kl has shape (3,); expected 2 dimensions": lambda: shaped(kl=X[0]),
+    "scores has shape (3,); expected (2,)": lambda: shaped(scores=X[0]),
+    "mask has shape (2, 2); expected (2, 3), the shape of x": lambda: kernels.masked_mean(
+        X, MASK[:, :2]
+    ),
+    "mask has shape (2, 2); expected (2, 3), the shape of kl": lambda: shaped(mask=MASK[:, :2]),
+    "advantages has shape (2, 2)": lambda: ppo(advantages=X[:, :2]),
+    "entropy has shape (3,)": lambda: ppo(entropy=X[0]),
+    "logprobs has shape (3,); expected 2 dimensions": lambda: ppo(logprobs=X[0]),
+    "returns or old_values were given without values": lambda: ppo(returns=X),
+    "values were given without returns": lambda: ppo(values=X, old_values=X),
+    "values were given without old_values": lambda: ppo(values=X, returns=X),
+    "normalizer is -2": lambda: ppo(normalizer=-2),
+    "clip_range is 0": lambda: PPOLossConfig(clip_range=0),
+    "value_clip_range is -1": lambda: PPOLossConfig(value_clip_range=-1),
+    "dual_clip is 1.0; it must be above 1": lambda: PPOLossConfig(dual_clip=1.0),
+    "entropy_coef is nan": lambda: PPOLossConfig(entropy_coef=float("nan")),
+    "aggregation is 'mean'; choose one of token-mean": lambda: PPOLossConfig(aggregation="mean"),
+    "hidden has shape (3, 4); expected 3 dimensions": lambda: linear_ppo(HIDDEN[0]),
+    "mask has shape (2, 2)": lambda: linear_ppo(mask=MASK[:, :2]),
+    "old_logprobs has shape (2, 2)": lambda: linear_ppo(old=X[:, :2]),
+}
+
+TYPE_ERRORS = {
+    "logits has dtype torch.int64": lambda: logprobs(LOGITS.long()),
+    "targets has dtype torch.float32; expected integers": lambda: logprobs(targets=X),
+    "targets has dtype torch.bool": lambda: linear(targets=MASK),
+    "hidden has dtype torch.int64": lambda: linear(HIDDEN.long()),
+    "weight has dtype torch.bfloat16 and hidden torch.float32": lambda: linear(
+        weight=WEIGHT.bfloat16()
+    ),
+    "bias has dtype torch.float64": lambda: linear(bias=WEIGHT[:, 0].double()),
+    "temperature has dtype torch.int64": lambda: logprobs(temperature=TARGETS + 1),
+    "rewards has dtype torch.int64": lambda: gae(X.long()),
+    "mask has dtype torch.float32; expected bool": lambda: gae(mask=MASK.float()),
+    "advantages has dtype torch.int64": lambda: ppo(advantages=X.long()),
+    "x has dtype torch.int64": lambda: kernels.masked_whiten(X.long(), MASK),
+    "scores has dtype torch.int64": lambda: shaped(scores=X[:, 0].long()),
+}
+
+
+@pytest.mark.parametrize("message", VALUE_ERRORS)
+def test_values_that_do_not_fit(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VALUE_ERRORS[message]()
+
+
+@pytest.mark.parametrize("message", TYPE_ERRORS)
+def test_types_that_do_not_fit(message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TYPE_ERRORS[message]()
+
+
+def test_the_same_calls_without_the_mistake_work():
+    """Guards the tests above: what they call is right but for the one change."""
+    for call in (logprobs, linear, cross_entropy, gae, rollout, ppo, linear_ppo, shaped):
+        call()
+    ppo(**VALUES)
+    ppo(values=X, returns=X, config=PPOLossConfig(value_clip_range=None))
+    kernels.kl_penalty(X, X)
+    kernels.masked_whiten(X, MASK.int())
+
+
+def test_integer_masks_are_valid_where_not_zero():
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    for a, b in zip(gae(mask=mask), gae(mask=mask.bool())):
+        assert torch.equal(a, b)
+    assert torch.equal(ppo(mask=mask)[0], ppo(mask=mask.bool())[0])

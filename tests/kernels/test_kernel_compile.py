@@ -1,0 +1,233 @@
+"""Registration: opcheck, torch.compile without graph breaks, gradcheck in float64."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from kernel_cases import (
+    EPS,
+    ROW_PRIMITIVES,
+    backends_for,
+    close,
+    normal,
+    ppo_inputs,
+    random_mask,
+)
+
+import rlhf_kernels as kernels
+from rlhf_kernels import PPOLossConfig
+
+ROW_BACKENDS = backends_for(*ROW_PRIMITIVES)
+TARGETS = torch.tensor([0, 4, -100, 2])
+CONFIG = (0.2, 0.3, 1.5, 0.2, 0.5, 0.01, "token-mean")
+
+
+@pytest.mark.parametrize("backend", ROW_BACKENDS)
+@pytest.mark.parametrize("need_entropy", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_opcheck_token_logprobs(backend, need_entropy, per_row):
+    tau = torch.tensor([0.5, 1.0, 2.0, 1.0]) if per_row else None
+    logits = normal(4, 7, seed=1).requires_grad_()
+    arguments = (logits, TARGETS, 0.7, tau, -100, need_entropy, backend)
+    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, arguments)
+    rows = normal(4, 7, seed=1)
+    g, lse, entropy = normal(4, seed=2), rows.logsumexp(1), normal(4, seed=3).abs()
+    pair = (g, entropy) if need_entropy else (None, None)
+    backward = (rows, g, pair[0], TARGETS, 0.7, tau, -100, lse, pair[1], backend)
+    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", ROW_BACKENDS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck_linear(backend, with_bias):
+    hidden, weight = normal(4, 3, seed=1), normal(7, 3, seed=2)
+    bias = normal(7, seed=3) if with_bias else None
+    tail = (torch.float32, 2, backend)
+    leaves = [x if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.linear_token_logprobs.default,
+        (*leaves, TARGETS, 0.7, None, -100, True, *tail),
+    )
+    lse = (hidden @ weight.T).logsumexp(1)
+    g = normal(4, seed=4)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
+        (
+            *(hidden, weight, bias, TARGETS, g, None, 0.7, None, -100, lse, None),
+            *tail,
+            [True, True, with_bias],
+        ),
+    )
+
+
+@pytest.mark.parametrize("backend", backends_for("gae_forward"))
+@pytest.mark.parametrize("with_bootstrap", [False, True])
+def test_opcheck_gae(backend, with_bootstrap):
+    bootstrap = normal(3, seed=3) if with_bootstrap else None
+    arguments = (normal(3, 5, seed=1), normal(3, 5, seed=2), random_mask(3, 5), 0.9, 0.95)
+    torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, (*arguments, bootstrap, backend))
+
+
+@pytest.mark.parametrize("backend", backends_for("ppo_loss_forward"))
+@pytest.mark.parametrize("with_all", [False, True])
+def test_opcheck_ppo_loss(backend, with_all):
+    inputs = ppo_inputs(3, 5)
+    for name in ("logprobs", "values", "entropy"):
+        inputs[name].requires_grad_()
+    head = (inputs["logprobs"], inputs["old_logprobs"], inputs["advantages"], random_mask(3, 5))
+    rest = [inputs[n] if with_all else None for n in ("values", "old_values", "returns", "entropy")]
+    normalizer = torch.tensor(9.0) if with_all else None
+    arguments = (*head, *rest, normalizer, *CONFIG, backend)
+    torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss.default, arguments)
+
+
+def programs(backend):
+    """Whole calls, each a function of leaves that need gradients."""
+    mask = random_mask(4, 6)
+    inputs = ppo_inputs(4, 6)
+    targets = torch.arange(24).view(4, 6) % 7
+    scores = normal(4, seed=1)
+    config = PPOLossConfig(dual_clip=2.0)
+
+    def token_logprobs(logits):
+        pair = kernels.token_logprobs(
+            logits, targets, temperature=0.7, return_entropy=True, backend=backend
+        )
+        return pair[0].sum() + pair[1].square().sum()
+
+    def cross_entropy(hidden, weight):
+        labels = torch.where(mask, targets, -100)
+        return kernels.linear_cross_entropy(hidden, weight, labels, chunk_size=5, backend=backend)
+
+    def ppo(logprobs, values):
+        options = {n: inputs[n] for n in ("old_values", "returns")}
+        loss, stats = kernels.ppo_loss(
+            logprobs,
+            inputs["old_logprobs"],
+            inputs["advantages"],
+            mask,
+            values=values,
+            **options,
+            config=config,
+            normalizer=20.0,
+            backend=backend,
+        )
+        return loss + 0 * stats.clip_fraction
+
+    def linear_ppo(hidden, weight):
+        # Made from the policy's side only: old log-probabilities stand in from the case.
+        return kernels.linear_ppo_loss(
+            hidden,
+            weight,
+            targets,
+            inputs["old_logprobs"],
+            inputs["advantages"],
+            mask,
+            config=config,
+            backend=backend,
+        )[0]
+
+    def rollout(logprobs, values):
+        result = kernels.rollout_advantages(
+            scores,
+            logprobs,
+            inputs["old_logprobs"],
+            values,
+            mask,
+            kl_coef=0.1,
+            whiten_rewards=True,
+            backend=backend,
+        )
+        return (result.advantages * logprobs).sum() + (result.returns * values).sum()
+
+    pair = (inputs["logprobs"], inputs["values"])
+    linear = (normal(4, 6, 3, seed=1), normal(7, 3, seed=2))
+    return {
+        "token_logprobs": (token_logprobs, (normal(4, 6, 7, seed=3),)),
+        "linear_cross_entropy": (cross_entropy, linear),
+        "ppo_loss": (ppo, pair),
+        "linear_ppo_loss": (linear_ppo, linear),
+        "rollout_advantages": (rollout, pair),
+    }
+
+
+NAMES = list(programs("reference"))
+
+
+def value_and_gradients(function, leaves):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    value = function(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves)
+
+
+def check_compiled(name, backend, compiler):
+    function, leaves = programs(backend)[name]
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    eager, graph = value_and_gradients(function, leaves), value_and_gradients(compiled, leaves)
+    # The operators are the same; what surrounds them may be fused and so rounded otherwise.
+    close(graph[0], eager[0], 16 * EPS * (1 + float(eager[0].abs())))
+    for a, b in zip(graph[1], eager[1]):
+        close(a, b, 16 * EPS * (1 + float(b.abs().max())))
+
+
+@pytest.mark.parametrize("backend", ROW_BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_graph_breaks(name, backend):
+    check_compiled(name, backend, "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["kl_penalty", "shaped_rewards", "masked_mean", "masked_whiten"])
+def test_elementwise_operations_compile(name):
+    x, mask = normal(3, 4, seed=1), random_mask(3, 4)
+    arguments = {
+        "kl_penalty": (x, x + 1),
+        "shaped_rewards": (x[:, 0], x, mask),
+        "masked_mean": (x, mask),
+        "masked_whiten": (x, mask),
+    }[name]
+    options = {"kl_coef": 0.1} if name == "shaped_rewards" else {}
+
+    def function(*tensors):
+        return getattr(kernels, name)(*tensors, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on CPU needs a C++ compiler")
+def test_compiles_with_inductor():
+    """With the default backend, whichever it is here, and few fused loops, which g++ compiles."""
+    check_compiled("token_logprobs", None, "inductor")
+
+
+def test_compiled_lengths_do_not_recompile_each_time():
+    """Batches of many lengths are one graph: at most one static and one dynamic compilation."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(kernels.token_logprobs, fullgraph=True, backend=counter)
+    for rows in (5, 6, 7, 9, 12):
+        compiled(normal(rows, 7, seed=1), torch.zeros(rows, dtype=torch.long))
+    assert counter.frame_count <= 2
+
+
+def test_fake_tensors_give_shapes_without_numbers():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        out = kernels.token_logprobs(torch.empty(3, 5, 7), torch.zeros(3, 5, dtype=torch.long))
+        assert out.shape == (3, 5) and out.dtype == torch.float32
+        x, mask = torch.empty(3, 5), torch.ones(3, 5, dtype=torch.bool)
+        assert kernels.gae(x, x, mask)[0].shape == (3, 5)
+        assert kernels.ppo_loss(x, x, x, mask)[0].shape == ()
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_gradcheck(name):
+    """The reference backend in float64, against finite differences, through the public calls."""
+    function, leaves = programs("reference")[name]
+    doubles = [leaf.double().requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(function, doubles, fast_mode=False)
