@@ -6,6 +6,8 @@ import copy
 import logging
 from typing import Any
 
+import torch
+
 from rlhf.models import (
     ModelError,
     check_linear_head,
@@ -13,6 +15,7 @@ from rlhf.models import (
     load_causal_lm,
     load_scalar_model,
     scalar_model_from_causal,
+    score_head,
 )
 from rlhf.reward_model import RewardModel
 
@@ -44,6 +47,8 @@ def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int
     else:
         logger.info("the critic starts from the policy's trunk with a new value head")
         model = scalar_model_from_causal(policy, seed=seed)
+        # Values of 0 rather than noise, which the first updates would take for advantages.
+        torch.nn.init.zeros_(score_head(model).weight)
     model.requires_grad_(True)
     disable_dropout(model)
     return model

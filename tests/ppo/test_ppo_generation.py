@@ -1,0 +1,125 @@
+"""Sampling responses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama, tiny_tokenizer
+from tiny_policy import EOS_IDS, make_policy
+
+from rlhf.ppo.generation import GenerationSettings, cut_at_eos, generate
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+EOS = 3
+
+
+def sample(policy: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> Any:
+    seed, num_return = options.pop("seed", 0), options.pop("num_return", 1)
+    settings = GenerationSettings(**{"max_new_tokens": 8, "dtype": "float32", **options})
+    return generate(policy, tiny_tokenizer(), prompts, settings, seed=seed, num_return=num_return)
+
+
+def rows(generated: Any) -> list[list[int]]:
+    return [ids[m].tolist() for ids, m in zip(generated.responses, generated.response_mask)]
+
+
+def test_mask_goes_through_the_first_eos_also_when_eos_pads() -> None:
+    responses = torch.tensor([[7, EOS, EOS, EOS], [EOS] * 4, [7, 8, 9, 10], [7, 8, 9, EOS]])
+    _, mask, ended = cut_at_eos(responses, [EOS])
+    assert mask.sum(1).tolist() == [2, 1, 4, 4]
+    assert mask.long().diff(dim=1).max() <= 0  # no gaps
+    assert ended.tolist() == [True, True, False, True]
+
+
+def test_every_eos_id_ends_a_response_and_padding_columns_are_cut() -> None:
+    responses = torch.tensor([[7, 9, 1, 1], [8, 7, EOS, 1]])
+    cut, mask, ended = cut_at_eos(responses, [EOS, 9])
+    assert cut.shape == (2, 3)
+    assert mask.sum(1).tolist() == [2, 3]
+    assert ended.all()
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<end>", None])
+def test_generated_masks_do_not_depend_on_the_padding_token(pad: str | None) -> None:
+    policy = make_policy()
+    settings = GenerationSettings(max_new_tokens=8, dtype="float32")
+    made = generate(policy, tiny_tokenizer(pad=pad), PROMPTS * 4, settings, seed=1)
+    for ids, ended in zip(rows(made), made.ended.tolist()):
+        assert [i in EOS_IDS for i in ids[:-1]] == [False] * (len(ids) - 1)
+        assert (ids[-1] in EOS_IDS) == ended
+        assert ended or len(ids) == 8
+    assert 0 < made.ended.sum() < len(made.ended)  # the test saw both
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_order_and_padding_do_not_change_greedy_responses(batch_size: int) -> None:
+    policy = make_policy()
+    together = rows(sample(policy, greedy=True, batch_size=batch_size, num_return=2))
+    alone = [rows(sample(policy, [prompt], greedy=True))[0] for prompt in PROMPTS]
+    assert together == [ids for ids in alone for _ in range(2)]
+
+
+def test_prompts_are_left_padded_in_the_given_order() -> None:
+    made = sample(make_policy())
+    assert made.prompt_ids.shape == (4, 5)
+    assert [ids[m].tolist() for ids, m in zip(made.prompt_ids, made.prompt_mask)] == PROMPTS
+    assert made.prompt_mask[:, -1].all()
+
+
+def test_seed_decides_and_global_generator_is_left_alone() -> None:
+    policy = make_policy()
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    first = rows(sample(policy, seed=5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert rows(sample(policy, seed=5)) == first
+    assert rows(sample(policy, seed=6)) != first
+
+
+def test_samples_follow_the_distribution_of_the_settings() -> None:
+    """Frequencies of one-token responses against softmax(logits / temperature) among the top 5."""
+    policy, count, temperature = make_policy(), 4000, 1.7
+    made = sample(
+        policy, [[5, 6, 7]], max_new_tokens=1, num_return=count, temperature=temperature, top_k=5,
+        batch_size=count,
+    )  # fmt: skip
+    logits = policy(torch.tensor([[5, 6, 7]])).logits[0, -1].detach() / temperature
+    kept = logits.topk(5)
+    expected = dict(zip(kept.indices.tolist(), kept.values.softmax(0).tolist()))
+    drawn = made.responses[:, 0].tolist()
+    assert set(drawn) <= set(expected)
+    for token, p in expected.items():
+        # Five standard deviations of a frequency.
+        assert abs(drawn.count(token) / count - p) < 5 * math.sqrt(p * (1 - p) / count)
+
+
+def test_the_models_own_generation_config_does_not_shape_samples() -> None:
+    plain, shaped = make_policy(), make_policy()
+    shaped.generation_config.repetition_penalty = 5.0
+    shaped.generation_config.no_repeat_ngram_size = 1
+    shaped.generation_config.temperature = 0.1
+    own = shaped.generation_config
+    assert rows(sample(shaped, seed=3)) == rows(sample(plain, seed=3))
+    assert shaped.generation_config is own
+
+
+def test_training_mode_comes_back_also_after_an_error() -> None:
+    policy = tiny_llama()
+    policy.train()
+    sample(policy)
+    assert policy.training
+    with pytest.raises(IndexError):
+        sample(policy, [[10_000]])
+    assert policy.training
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_k": -1}]
+)
+def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GenerationSettings(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""The order of prompts, and prompts that do not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from tiny_models import tiny_tokenizer
+
+from rlhf.data import ChatFormat, DataError
+from rlhf.ppo.prompts import PromptOrder, encode_prompts, read_prompts
+from rlhf.ppo.seeds import derive_seed
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (3, 8), (5, 5), (1, 2)])
+def test_every_pass_uses_every_prompt_once(count: int, batch_size: int) -> None:
+    order = PromptOrder(count, batch_size, seed=1)
+    batches = [order.batch(number) for number in range(count)]
+    assert {len(batch) for batch in batches} == {batch_size}
+    stream = [index for batch in batches for index in batch]
+    passes = [stream[start : start + count] for start in range(0, len(stream), count)]
+    assert all(Counter(p) == Counter(range(count)) for p in passes)
+
+
+def test_passes_are_shuffled_anew_and_by_seed() -> None:
+    order = PromptOrder(20, 20, seed=1)
+    assert order.batch(0) != order.batch(1)
+    assert order.batch(0) == PromptOrder(20, 20, seed=1).batch(0)
+    assert order.batch(0) != PromptOrder(20, 20, seed=2).batch(0)
+
+
+def test_derived_seeds_depend_on_seed_and_place() -> None:
+    seeds = {derive_seed(s, place, n) for s in (0, 1) for place in ("a", "b") for n in (0, 1, 10)}
+    assert len(seeds) == 12
+    assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
+
+
+def test_a_prompt_too_long_for_the_context_names_its_row() -> None:
+    rows = read_prompts(["w1 w2", "w1 w2 w3 w4 w5 w6"])
+    chat_format = ChatFormat(tiny_tokenizer(), "none")
+    with pytest.raises(DataError, match="row 2: the prompt has 6 tokens.*context of 10 leaves 5"):
+        encode_prompts(rows, chat_format, max_new_tokens=5, context=10)
+    assert encode_prompts(rows, chat_format, max_new_tokens=4, context=10)[1] == [8, 9, 10, 11, 12, 13]
+
+
+def test_a_long_prompt_stops_the_trainer_before_anything_runs(make_trainer: Any) -> None:
+    with pytest.raises(DataError, match="row 2.*lower max_new_tokens"):
+        make_trainer(prompts=["w1", " ".join(["w2"] * 60)])

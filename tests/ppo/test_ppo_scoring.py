@@ -1,0 +1,74 @@
+"""Calling rewards and checking what they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.ppo.scoring import RewardError, score_responses
+
+ROWS = [{"prompt": "first prompt", "topic": "a"}, {"prompt": "second prompt", "topic": "b"}]
+TEXTS = ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [[1, 2.5], (1.0, 2.5), np.array([1.0, 2.5]), torch.tensor([1.0, 2.5]), iter([1, 2.5])],
+)
+def test_lists_arrays_and_tensors_are_scores(returned: Any) -> None:
+    scores = score_responses(lambda prompts, responses: returned, ROWS, TEXTS)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300, None, "good", [1.0]])
+def test_a_bad_score_names_its_prompt(bad: Any) -> None:
+    with pytest.raises(RewardError, match="response 2 of 2.*'second prompt'"):
+        score_responses(lambda prompts, responses: [1.0, bad], ROWS, TEXTS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_scores_is_an_error(count: int) -> None:
+    with pytest.raises(RewardError, match=f"{count} scores for 2 responses.*'first prompt'"):
+        score_responses(lambda prompts, responses: [1.0] * count, ROWS, TEXTS)
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, "12", {"a": 1}, torch.tensor(1.0)])
+def test_something_else_than_a_list_is_an_error(returned: Any) -> None:
+    with pytest.raises(RewardError, match="a list with one number for each"):
+        score_responses(lambda prompts, responses: returned, ROWS, TEXTS)
+
+
+def test_an_exception_in_the_reward_is_named_and_kept() -> None:
+    def broken(prompts: list[str], responses: list[str]) -> list[float]:
+        raise KeyError("lexicon")
+
+    with pytest.raises(RewardError, match="KeyError: 'lexicon'.*'first prompt'") as error:
+        score_responses(broken, ROWS, TEXTS)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_columns_go_to_rewards_that_take_them() -> None:
+    seen: dict[str, Any] = {}
+
+    def all_columns(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        seen.update(columns, prompts=prompts, responses=responses)
+        return [0.0, 0.0]
+
+    def named(prompts: list[str], responses: list[str], topic: list[str]) -> list[float]:
+        return [float(t == "b") for t in topic]
+
+    def none(prompts: list[str], responses: list[str]) -> list[float]:
+        return [3.0, 4.0]
+
+    score_responses(all_columns, ROWS, TEXTS)
+    assert seen == {
+        "topic": ["a", "b"],
+        "prompts": ["first prompt", "second prompt"],
+        "responses": TEXTS,
+    }
+    assert score_responses(named, ROWS, TEXTS).tolist() == [0.0, 1.0]
+    assert score_responses(none, ROWS, TEXTS).tolist() == [3.0, 4.0]
