@@ -22,8 +22,10 @@ from typing import Any
 from rlhf.engine import ensure_writable
 
 MARKER = "stage.json"
-# These change where results go and what is shown, not what they are.
-WITHOUT_EFFECT = frozenset({"output_dir", "trackers", "log_every"})
+# These change where results go, what is shown, memory and speed, but not the results.
+WITHOUT_EFFECT = frozenset(
+    {"output_dir", "trackers", "log_every", "micro_batch_size", "gradient_checkpointing"}
+)
 
 
 class StageError(ValueError):
@@ -164,9 +166,9 @@ class StageRunner:
         ]
         listed = "".join(f"\n  - {problem}" for problem in problems)
         return (
-            f"the stage {stage.name!r} in {self.output_dir} is finished, but does not fit this run:"
-            f"{listed}\nGo back to the earlier settings, choose another output folder, or redo it by "
-            f"deleting what depends on it:\n  rm -r {' '.join(folders)}"
+            f"the stage {stage.name!r} in {self.output_dir} is finished, but does not fit this "
+            f"run:{listed}\nGo back to the earlier settings, choose another output folder, or "
+            f"delete what has to be redone:\n  rm -r {' '.join(folders)}"
         )
 
 

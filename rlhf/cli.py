@@ -1,0 +1,352 @@
+"""The ``rlhf`` command.
+
+``rlhf --help`` and mistyped commands answer without loading torch or transformers; a command loads
+what it needs when its options are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlhf.terminal import EXIT_USER_ERROR, quiet_libraries, run_for_person
+
+DATA = (
+    "a .json, .jsonl, .csv or .parquet file (also with .gz), a datasets folder or a hub name; "
+    "file[:2000] takes its first 2000 rows, file[2000:] the rest"
+)
+REWARD = (
+    "what scores responses: a folder written by `rlhf reward`, a Python function "
+    "(file.py:function or package.module:function), or heuristic (simple text patterns, a toy)"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what help says, its arguments, and what it does with them."""
+
+    summary: str
+    description: str
+    examples: str
+    add_arguments: Callable[[Any], None]
+    run: Callable[[Any], None]
+
+
+# rlhf sft
+
+
+def _sft_arguments(parser: Any) -> None:
+    from rlhf.sft import SFTConfig
+
+    parser.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
+    parser.add_argument("--data", type=str, required=True, help=f"demonstrations: {DATA}")
+    parser.add_argument("--eval_data", type=str | None, help="held-out demonstrations, likewise")
+    parser.add_class_arguments(SFTConfig)
+
+
+def _run_sft(args: Any) -> None:
+    from rlhf.models import load_causal_lm, load_tokenizer
+    from rlhf.sft import SFTConfig, SFTTrainer
+    from rlhf.sources import read_demonstrations
+
+    config = config_from(args, SFTConfig)
+    train = read_demonstrations(args.data)
+    held_out = read_demonstrations(args.eval_data) if args.eval_data else None
+    model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
+    report(SFTTrainer(config, model, tokenizer, train, held_out).train(), config.output_dir)
+
+
+# rlhf reward
+
+
+def _reward_arguments(parser: Any) -> None:
+    from rlhf.reward import RewardConfig
+
+    parser.add_argument(
+        "--model", type=str, required=True, help="folder or id: a causal model or a reward model"
+    )
+    parser.add_argument("--data", type=str, required=True, help=f"preference pairs: {DATA}")
+    parser.add_argument("--eval_data", type=str | None, help="held-out pairs, likewise")
+    parser.add_class_arguments(RewardConfig)
+
+
+def _run_reward(args: Any) -> None:
+    from rlhf.models import load_tokenizer
+    from rlhf.reward import RewardConfig, RewardTrainer
+    from rlhf.sources import read_preferences
+
+    config = config_from(args, RewardConfig)
+    train = read_preferences(args.data)
+    held_out = read_preferences(args.eval_data) if args.eval_data else None
+    trainer = RewardTrainer(config, args.model, load_tokenizer(args.model), train, held_out)
+    report(trainer.train(), config.output_dir)
+
+
+# rlhf ppo
+
+
+def _ppo_arguments(parser: Any) -> None:
+    from rlhf.ppo import PPOConfig
+
+    parser.add_argument(
+        "--policy", type=str, required=True, help="the model to train: folder or id"
+    )
+    parser.add_argument("--prompts", type=str, required=True, help=f"prompts: {DATA}")
+    parser.add_argument("--reward", type=str, required=True, help=REWARD)
+    parser.add_class_arguments(PPOConfig)
+
+
+def _run_ppo(args: Any) -> None:
+    from rlhf.models import load_causal_lm, load_tokenizer
+    from rlhf.ppo import PPOConfig, PPOTrainer
+    from rlhf.sources import load_reward, read_prompts
+
+    config = config_from(args, PPOConfig)
+    prompts, reward = read_prompts(args.prompts), load_reward(args.reward)
+    policy, tokenizer = load_causal_lm(args.policy), load_tokenizer(args.policy)
+    report(PPOTrainer(config, policy, tokenizer, prompts, reward).train(), config.output_dir)
+
+
+# rlhf pipeline
+
+
+def _pipeline_arguments(parser: Any) -> None:
+    from rlhf.pipeline import PipelineConfig
+
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="only say what each stage does and whether it is done",
+    )
+    parser.add_class_arguments(PipelineConfig)
+
+
+def _run_pipeline(args: Any) -> None:
+    from rlhf.pipeline import PipelineConfig, RLHFPipeline
+
+    pipeline = RLHFPipeline(config_from(args, PipelineConfig))
+    if args.describe:
+        pipeline.describe()
+        return
+    for stage, metrics in pipeline.run().items():
+        print(f"\n{stage}")
+        report(metrics, str(pipeline.folder / stage))
+
+
+# rlhf best-of-n
+
+
+def _best_of_n_arguments(parser: Any) -> None:
+    from rlhf.ppo import GenerationSettings
+
+    parser.add_argument("--policy", type=str, required=True, help="the model that answers")
+    parser.add_argument("--prompts", type=str, required=True, help=f"prompts: {DATA}")
+    parser.add_argument("--reward", type=str, required=True, help=REWARD)
+    parser.add_argument("--output", type=str, required=True, help="JSONL file to write")
+    parser.add_argument("--n", type=int, default=4, help="responses sampled for each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--template", type=str, default="auto", help="auto, instruction or none")
+    parser.add_class_arguments(GenerationSettings)
+
+
+def _run_best_of_n(args: Any) -> None:
+    from rlhf.best_of_n import best_of_n
+    from rlhf.models import load_causal_lm, load_tokenizer
+    from rlhf.ppo import GenerationSettings
+    from rlhf.sources import load_reward, read_prompts
+
+    output = Path(args.output).expanduser()
+    check_output_file(output)
+    rows, reward = read_prompts(args.prompts), load_reward(args.reward)
+    results = best_of_n(
+        load_causal_lm(args.policy),
+        rows,
+        reward,
+        args.n,
+        tokenizer=load_tokenizer(args.policy),
+        template=args.template,
+        settings=config_from(args, GenerationSettings),
+        seed=args.seed,
+    )
+    lines = [
+        {
+            "prompt": result.prompt,
+            "best": result.best,
+            "best_score": result.best_score,
+            "candidates": [{"text": text, "score": score} for text, score in result.candidates],
+        }
+        for result in results
+    ]
+    write_jsonl(lines, output)
+    best = fmean(result.best_score for result in results)
+    every = fmean(score for result in results for _, score in result.candidates)
+    print(f"mean score of the best of {args.n}: {best:.4g}; of one: {every:.4g}")
+    print(f"{len(lines)} prompts with all candidates are in {output}")
+
+
+COMMANDS = {
+    "sft": Command(
+        "fine-tune a model on demonstrations",
+        "Supervised fine-tuning: the model learns to answer as the demonstrations do. Rows have "
+        "prompt and completion, or instruction and output, or messages.",
+        "rlhf sft --model HuggingFaceTB/SmolLM2-135M-Instruct --data demos.jsonl "
+        "--output_dir runs/sft",
+        _sft_arguments,
+        _run_sft,
+    ),
+    "reward": Command(
+        "train a reward model on preference pairs",
+        "Reward modelling: the model learns to score responses so that the preferred one of each "
+        "pair scores higher. Rows have prompt, chosen and rejected, or whole dialogues in chosen "
+        "and rejected.",
+        'rlhf reward --model runs/sft --data "pairs.jsonl.gz[:2000]" '
+        '--eval_data "pairs.jsonl.gz[2000:]" --output_dir runs/reward',
+        _reward_arguments,
+        _run_reward,
+    ),
+    "ppo": Command(
+        "train a policy against a reward with PPO",
+        "PPO: the policy answers prompts, the reward scores the answers, and the policy learns to "
+        "score higher while a KL penalty keeps it near the model that it started from.",
+        "rlhf ppo --policy runs/sft --prompts prompts.jsonl --reward runs/reward "
+        "--output_dir runs/ppo\n"
+        "  rlhf ppo --policy runs/sft --prompts prompts.jsonl --reward my_reward.py:score",
+        _ppo_arguments,
+        _run_ppo,
+    ),
+    "pipeline": Command(
+        "all three stages, resuming where a run stopped",
+        "Runs supervised fine-tuning, reward modelling and PPO. Finished stages are kept when the "
+        "command is run again; if their settings changed, they are named.",
+        "rlhf pipeline --config run.yaml --output_dir runs/first\n"
+        "  rlhf pipeline --config run.yaml --describe",
+        _pipeline_arguments,
+        _run_pipeline,
+    ),
+    "best-of-n": Command(
+        "sample n responses a prompt and keep the best",
+        "Samples n responses for each prompt, scores them and writes the best with all candidates.",
+        "rlhf best-of-n --policy runs/sft --prompts prompts.jsonl --reward runs/reward --n 4 "
+        "--output best.jsonl",
+        _best_of_n_arguments,
+        _run_best_of_n,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rlhf`` with these arguments (the process's own by default); return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, options = arguments[0], [with_underscores(option) for option in arguments[1:]]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(COMMANDS)}."
+        print(f"rlhf: error: there is no command {name!r}.{hint}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    command = COMMANDS[name]
+    parser = build_parser(name)
+    try:
+        args = parser.parse_args(options)
+    except SystemExit as stop:  # --help ends with 0, a wrong option with 2 and a message
+        return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+    quiet_libraries()
+    action = lambda: command.run(parser.instantiate(args))  # noqa: E731
+    return run_for_person(action, program=f"rlhf {name}", debug=args.debug)
+
+
+def overview() -> str:
+    """What ``rlhf --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlhf COMMAND [options]",
+            "",
+            "Reinforcement learning from human feedback, in three stages: demonstrations teach a",
+            "model to answer (sft), comparisons teach a second one to score answers (reward), and",
+            "PPO trains the first to score higher (ppo).",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`rlhf COMMAND --help` explains a command and its options. Options may also stand in a",
+            "YAML file given with --config; those on the command line come on top.",
+            "`python -m rlhf.demo` shows all of it on a real model in about ten minutes.",
+        ]
+    )
+
+
+def build_parser(name: str) -> Any:
+    """The argument parser of one command."""
+    import jsonargparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the examples as they are."""
+
+    command = COMMANDS[name]
+    parser = jsonargparse.ArgumentParser(
+        prog=f"rlhf {name}",
+        usage=f"rlhf {name} [options]",
+        description=command.description,
+        epilog=f"examples:\n  {command.examples}\n"
+        f"  rlhf {name} ... --print_config > {name}.yaml, then rlhf {name} --config {name}.yaml",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_arguments(parser)
+    return parser
+
+
+def with_underscores(option: str) -> str:
+    """``--learning-rate=1`` as ``--learning_rate=1``: both spellings are understood."""
+    if not option.startswith("--"):
+        return option
+    name, equals, value = option[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def config_from(args: Any, config_class: Any) -> Any:
+    """The config dataclass filled with the parsed options of the same names."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return config_class(**{name: getattr(args, name) for name in names})
+
+
+def report(metrics: dict[str, Any], folder: str) -> None:
+    """Print a training's figures and where its results lie."""
+    for name, value in metrics.items():
+        print(f"  {name:24} {value:.4g}" if isinstance(value, float) else f"  {name:24} {value}")
+    print(f"  written to {folder}")
+
+
+def check_output_file(path: Path) -> None:
+    """Raise OutputError unless a file can be written there: before any work is done."""
+    from rlhf.engine import OutputError, ensure_writable
+
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; --output names a file to write")
+    ensure_writable(path.parent)
+
+
+def write_jsonl(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write JSON lines in one step."""
+    temporary = path.with_name(path.name + ".partial")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The three stages of RLHF in one run: demonstrations -> policy, comparisons -> reward, PPO.
+
+After Ouyang et al. 2022 (arXiv 2203.02155). Each stage leaves an ordinary Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
+from rlhf.sft import SFTConfig, SFTTrainer
+from rlhf.sources import read_demonstrations, read_preferences, read_prompts, split_slice
+from rlhf.stages import Stage, StageRunner, fingerprint
+
+# The pipeline gives these to its stages, so that the three of them agree.
+SHARED = ("output_dir", "template")
+# A file, folder or hub name, perhaps with a slice of its rows; or rows.
+Data = str | list[dict[str, Any]]
+
+
+@dataclass
+class PipelineConfig:
+    """Settings of a whole run.
+
+    Data may be anything ``rlhf.data`` reads: a file (JSON, JSONL, CSV, Parquet, also with .gz), a
+    ``datasets`` folder, a hub name, or rows as a list of dicts. A name may end with a slice of its
+    rows, as in ``pairs.jsonl[:2000]``.
+
+    Attributes:
+        model: The model to begin with: a Hugging Face folder or id.
+        sft_data: Demonstrations for the first stage.
+        preference_data: Compared responses for the reward model.
+        prompts: Prompts that PPO answers.
+        output_dir: Folder of the run; each stage gets a folder in it.
+        sft_eval_data: Held-out demonstrations; null for none.
+        preference_eval_data: Held-out comparisons; null for none.
+        template: How conversations are written: auto (the tokenizer's chat template, or else
+            instruction), instruction, or none.
+        sft: Settings of supervised fine-tuning. Its output_dir and template come from the pipeline.
+        reward: Settings of reward modelling. Likewise.
+        ppo: Settings of PPO. Likewise.
+    """
+
+    model: str
+    sft_data: Data
+    preference_data: Data
+    prompts: Data
+    output_dir: str = "runs/pipeline"
+    sft_eval_data: Data | None = None
+    preference_eval_data: Data | None = None
+    template: Literal["auto", "instruction", "none"] = "auto"
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        for stage in ("sft", "reward", "ppo"):
+            config = getattr(self, stage)
+            defaults = {f.name: f.default for f in dataclasses.fields(config)}
+            for name in SHARED:
+                if getattr(config, name) != defaults[name]:
+                    raise ValueError(f"{stage}.{name} is set by the pipeline; give {name} instead")
+
+
+class RLHFPipeline:
+    """Runs supervised fine-tuning, reward modelling and PPO, each once.
+
+    ``output_dir`` afterwards holds ``sft/``, ``reward/`` and ``ppo/``, which load with
+    ``AutoModelForCausalLM`` and (reward) ``AutoModelForSequenceClassification``. A second run keeps
+    the finished stages; if the settings of one changed, it stops and names them.
+
+    Args:
+        config: See ``PipelineConfig``.
+        say: Called with each line for the person watching.
+    """
+
+    def __init__(self, config: PipelineConfig, say: Callable[[str], None] = print) -> None:
+        self.config = config
+        self.say = say
+        self.folder = Path(config.output_dir).expanduser()
+        self.runner = StageRunner(
+            self.folder, (self._sft_stage(), self._reward_stage(), self._ppo_stage()), say
+        )
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Run the stages that are not done; return each stage's metrics.
+
+        Raises:
+            StageError: A finished stage was made with other settings; they are named.
+            DataError, ModelError, OutputError: Something that was given cannot be used.
+        """
+        return self.runner.run()
+
+    def describe(self) -> str:
+        """Say, and return, what each stage takes and gives and whether it is done."""
+        text = self.runner.describe()
+        self.say(text)
+        return text
+
+    def _sft_stage(self) -> Stage:
+        config = self.config
+        return Stage(
+            name="sft",
+            title="supervised fine-tuning: the model learns to answer like the demonstrations",
+            takes=f"the model {config.model} and demonstrations ({name_of(config.sft_data)})",
+            gives="a policy",
+            settings={
+                "model": config.model,
+                **data_settings(config, "sft_data", "sft_eval_data"),
+                "sft": self._stage_config(config.sft, "sft"),
+            },
+            run=self._run_sft,
+        )
+
+    def _reward_stage(self) -> Stage:
+        config = self.config
+        return Stage(
+            name="reward",
+            title="reward modelling: a second model learns which response people prefer",
+            takes=f"the policy of sft and comparisons ({name_of(config.preference_data)})",
+            gives="a reward model",
+            settings={
+                **data_settings(config, "preference_data", "preference_eval_data"),
+                "reward": self._stage_config(config.reward, "reward"),
+            },
+            run=self._run_reward,
+            needs=("sft",),
+        )
+
+    def _ppo_stage(self) -> Stage:
+        config = self.config
+        return Stage(
+            name="ppo",
+            title="PPO: the policy answers prompts and learns from the reward model's scores",
+            takes=f"the policy of sft, the reward model and prompts ({name_of(config.prompts)})",
+            gives="the trained policy",
+            settings={
+                **data_settings(config, "prompts"),
+                "ppo": self._stage_config(config.ppo, "ppo"),
+            },
+            run=self._run_ppo,
+            needs=("sft", "reward"),
+        )
+
+    def _stage_config(self, config: Any, name: str) -> Any:
+        return dataclasses.replace(
+            config, output_dir=str(self.folder / name), template=self.config.template
+        )
+
+    def _run_sft(self, folder: Path) -> dict[str, Any]:
+        config = self.config
+        trainer = SFTTrainer(
+            self._stage_config(config.sft, "sft"),
+            load_causal_lm(config.model),
+            load_tokenizer(config.model),
+            read_demonstrations(config.sft_data),
+            None if config.sft_eval_data is None else read_demonstrations(config.sft_eval_data),
+        )
+        return trainer.train()
+
+    def _run_reward(self, folder: Path) -> dict[str, Any]:
+        config, policy = self.config, str(self.folder / "sft")
+        held_out = config.preference_eval_data
+        trainer = RewardTrainer(
+            self._stage_config(config.reward, "reward"),
+            policy,
+            load_tokenizer(policy),
+            read_preferences(config.preference_data),
+            None if held_out is None else read_preferences(held_out),
+        )
+        return trainer.train()
+
+    def _run_ppo(self, folder: Path) -> dict[str, Any]:
+        policy = str(self.folder / "sft")
+        trainer = PPOTrainer(
+            self._stage_config(self.config.ppo, "ppo"),
+            load_causal_lm(policy),
+            load_tokenizer(policy),
+            read_prompts(self.config.prompts),
+            RewardModel.from_pretrained(self.folder / "reward"),
+        )
+        return trainer.train()
+
+
+def name_of(data: Any) -> str:
+    """What to call data in a sentence."""
+    return str(data) if isinstance(data, str | Path) else f"{len(data)} rows"
+
+
+def data_settings(config: Any, *fields: str) -> dict[str, Any]:
+    """Each data source's name and a hash of its content, to notice when either changes."""
+    settings: dict[str, Any] = {}
+    for name in fields:
+        data = getattr(config, name)
+        if data is None:
+            settings[name] = None
+        elif isinstance(data, str | Path):
+            settings[name] = str(data)
+            settings[f"{name} content"] = fingerprint(split_slice(str(data))[0])
+        else:
+            settings[name] = f"rows {fingerprint(list(data))}"
+    return settings
