@@ -90,7 +90,8 @@ def targets_in_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Non
 
 
 def positive(name: str, number: float) -> float:
-    if not (number > 0 and math.isfinite(number)):
+    # A comparison, which unlike math.isfinite a compiler can trace for numbers that change.
+    if not 0.0 < number < math.inf:
         raise ValueError(f"{name} is {number!r}; expected a positive finite number")
     return float(number)
 

@@ -231,3 +231,22 @@ def test_gradcheck(name):
     function, leaves = programs("reference")[name]
     doubles = [leaf.double().requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(function, doubles, fast_mode=False)
+
+
+def test_numbers_may_change_between_compiled_calls():
+    """From its second value on, the compiler traces a number as a symbol; checks must stand that."""
+    x, mask = normal(3, 4, seed=1), random_mask(3, 4)
+    logits, targets = normal(3, 7, seed=2), torch.tensor([0, 4, 2])
+
+    def function(number):
+        return (
+            kernels.token_logprobs(logits, targets, temperature=number),
+            kernels.ppo_loss(x, x + 0.1, x, mask, normalizer=number)[0],
+            kernels.gae(x, x, mask, gamma=number, lam=number)[0],
+        )
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for number in (0.5, 0.6, 0.7):
+        for a, b in zip(compiled(number), function(number)):
+            assert torch.equal(a, b)
