@@ -234,7 +234,7 @@ def test_gradcheck(name):
 
 
 def test_numbers_may_change_between_compiled_calls():
-    """From its second value on, the compiler traces a number as a symbol; checks must stand that."""
+    """From its second value on a number is traced as a symbol, which checks must stand."""
     x, mask = normal(3, 4, seed=1), random_mask(3, 4)
     logits, targets = normal(3, 7, seed=2), torch.tensor([0, 4, 2])
 
