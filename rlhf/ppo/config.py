@@ -19,7 +19,7 @@ class PPOConfig(TrainingConfig):
         adam_eps: Adam's epsilon; 1e-5 is PPO's customary value.
         total_updates: How often to sample a batch and train on it.
         batch_size: Prompts, and so responses, per update.
-        minibatch_size: Responses per optimizer step; divides batch_size.
+        minibatch_size: Responses per optimizer step; divides batch_size, or is all of it if larger.
         epochs: Passes over each batch of responses.
         max_new_tokens: Longest response, in tokens.
         temperature: Divides the logits when sampling, and in every log-probability.
@@ -80,6 +80,7 @@ class PPOConfig(TrainingConfig):
         check_number(self, "critic_learning_rate", above=0, optional=True)
         for name in ("total_updates", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
             check_number(self, name, at_least=1, integer=True)
+        self.minibatch_size = min(self.minibatch_size, self.batch_size)
         if self.batch_size % self.minibatch_size:
             raise ValueError(
                 f"minibatch_size={self.minibatch_size} does not divide "

@@ -1,0 +1,227 @@
+"""The trainer as a whole: the loop, its figures, its errors, what it saves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from tiny_policy import make_policy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.engine import NonFiniteError, OutputError
+from rlhf.models import ModelError
+from rlhf.ppo import PPOConfig, RewardError
+
+DOCS = Path(__file__).parents[2] / "docs" / "ppo.md"
+# Depend on the clock.
+TIMINGS = re.compile(r"seconds/|tokens_per_second")
+
+
+def weights(trainer: Any) -> list[torch.Tensor]:
+    models = trainer.policy, trainer.critic, trainer.reference
+    return [p.detach().clone() for model in models for p in model.parameters()]
+
+
+def figures(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not TIMINGS.match(name)}
+
+
+def run_openly(trainer: Any) -> list[dict[str, float]]:
+    return [figures(trainer.update(trainer.rollout(prompts))) for prompts in trainer.prompts]
+
+
+def test_two_runs_are_equal_bit_for_bit(make_trainer: Any) -> None:
+    first, second = make_trainer(), make_trainer()
+    torch.manual_seed(1)
+    one = run_openly(first)
+    torch.manual_seed(2)  # nothing depends on the global generator
+    assert run_openly(second) == one
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second)))
+    assert run_openly(make_trainer(seed=1)) != one
+
+
+def test_the_open_loop_is_what_train_does(make_trainer: Any, tmp_path: Path) -> None:
+    closed = make_trainer(trackers=["jsonl"], output_dir=str(tmp_path / "closed"), total_updates=3)
+    returned = figures(closed.train())
+    lines = (tmp_path / "closed" / "metrics.jsonl").read_text().splitlines()
+    logged = [figures(json.loads(line)) for line in lines]
+    opened = make_trainer(total_updates=3)
+    by_hand = run_openly(opened)
+    assert [{k: line[k] for k in by_hand[0]} for line in logged] == by_hand
+    assert returned == by_hand[-1]
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(weights(closed), weights(opened)))
+    assert closed.finished
+    assert not list(closed.prompts)
+
+
+def test_only_policy_and_critic_move(make_trainer: Any) -> None:
+    policy = make_policy()
+    before = copy.deepcopy(policy.state_dict())
+    trainer = make_trainer(policy=policy)
+    values = copy.deepcopy(trainer.critic.state_dict())
+    trainer.update(trainer.rollout(next(trainer.prompts)))
+    assert all(torch.equal(v, before[k]) for k, v in trainer.reference.state_dict().items())
+    assert not any(torch.equal(v, before[k]) for k, v in trainer.policy.state_dict().items())
+    assert any(not torch.equal(v, values[k]) for k, v in trainer.critic.state_dict().items())
+
+
+def test_figures_are_those_of_the_experience(make_trainer: Any) -> None:
+    trainer = make_trainer(kl_coef=0.3)
+    trainer.update(trainer.rollout(next(trainer.prompts)))  # so that KL and values are not 0
+    made = trainer.rollout(next(trainer.prompts))
+    metrics = trainer.update(made)
+    rows = range(len(made))
+    valid = [made.response_mask[row] for row in rows]
+    kls = [(made.logprobs[r][valid[r]] - made.ref_logprobs[r][valid[r]]).double() for r in rows]
+    lengths = [int(mask.sum()) for mask in valid]
+    scores = made.scores.tolist()
+    mean = sum(scores) / len(scores)
+    total_kl = sum(kl.sum().item() for kl in kls)
+    expected = {
+        "score": mean,
+        "score_std": math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)),
+        "reward": mean - 0.3 * total_kl / len(scores),
+        "kl": total_kl / len(scores),
+        "kl_per_token": total_kl / sum(lengths),
+        "response_length": sum(lengths) / len(lengths),
+        "response_length_min": min(lengths),
+        "response_length_max": max(lengths),
+        "eos_rate": made.ended.float().mean().item(),
+    }
+    errors = made.returns[made.response_mask] - made.values[made.response_mask]
+    spread = made.returns[made.response_mask].var(correction=0)
+    expected["explained_variance"] = (1 - errors.var(correction=0) / spread).item()
+    assert abs(total_kl) > 1e-3
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    total = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    assert metrics["tokens_per_second"] == pytest.approx(sum(lengths) / total)
+
+
+def test_every_figure_is_finite_and_documented(make_trainer: Any) -> None:
+    metrics = run_openly(make_trainer(dual_clip=3.0))[-1] | {"tokens_per_second": 1.0}
+    documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(metrics) <= documented
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_saved_models_load_with_transformers(
+    make_trainer: Any, tmp_path: Path, template: str
+) -> None:
+    trainer = make_trainer(total_updates=1, template=template, max_new_tokens=6)
+    trainer.train()
+    folder = tmp_path / "ppo"
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("w1 w2 w3")["input_ids"]])
+    for loaded, trained in ((policy, trainer.policy), (critic, trainer.critic)):
+        trained.eval()
+        assert torch.equal(loaded.eval()(ids).logits, trained(ids).logits)
+    assert json.loads((folder / "training_config.json").read_text())["total_updates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda prompts, responses: [float("nan")] * len(prompts), "'w1.*'.*Nothing was updated"),
+        (lambda prompts, responses: [1.0], "1 scores for 8 responses"),
+        (lambda prompts, responses: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_bad_reward_changes_nothing(make_trainer: Any, bad: Any, message: str) -> None:
+    trainer = make_trainer()
+    good, before, prompts = trainer.reward, weights(trainer), next(trainer.prompts)
+    trainer.reward = bad
+    with pytest.raises(RewardError, match=message):
+        trainer.rollout(prompts)
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before))
+    trainer.reward = good
+    assert run_openly(trainer) == run_openly(make_trainer())  # as if nothing had happened
+
+
+def test_an_experience_turned_nan_stops_before_the_weights_change(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    experience = trainer.rollout(next(trainer.prompts))
+    experience.advantages = experience.advantages * float("nan")
+    before = weights(trainer)
+    with pytest.raises(NonFiniteError, match="the policy"):
+        trainer.update(experience)
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before))
+
+
+def test_changed_scores_count_once_advantages_are_estimated_anew(make_trainer: Any) -> None:
+    trainer = make_trainer(whiten_advantages=False, kl_coef=0.0)
+    experience = trainer.rollout(next(trainer.prompts))
+    before = experience.rewards.sum(1)
+    experience.scores = experience.scores + 2.0
+    trainer.estimate_advantages(experience)
+    torch.testing.assert_close(experience.rewards.sum(1), before + 2.0)
+
+
+def test_dropout_is_off_in_all_three_models(make_trainer: Any) -> None:
+    trainer = make_trainer(policy=make_policy(attention_dropout=0.5))
+    metrics = trainer.update(trainer.rollout(next(trainer.prompts)))
+    assert metrics["first_step/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    for model in (trainer.policy, trainer.critic, trainer.reference):
+        dropouts = [m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")]
+        assert dropouts
+        assert set(dropouts) == {0.0}
+
+
+def test_gradient_checkpointing_gives_the_same_figures(make_trainer: Any) -> None:
+    plain, saving = run_openly(make_trainer()), run_openly(make_trainer(gradient_checkpointing=True))
+    assert plain[-1] == pytest.approx(saving[-1], rel=1e-3, abs=1e-5)
+
+
+def test_an_unwritable_output_folder_is_named(make_trainer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="file"):
+        make_trainer(output_dir=str(tmp_path / "file" / "ppo"))
+
+
+def test_the_policy_itself_is_no_reference(make_trainer: Any) -> None:
+    policy = make_policy()
+    with pytest.raises(ValueError, match="the policy object itself"):
+        make_trainer(policy=policy, reference=policy)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(make_trainer: Any) -> None:
+    other = tiny_llama()
+    other.resize_token_embeddings(64)
+    with pytest.raises(ModelError, match="64 token ids and the policy 128"):
+        make_trainer(reference=other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 10, "minibatch_size": 4}, "minibatch_size=4 does not divide batch_size=10"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"lam": 1.5}, "lam=1.5"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0"),
+        ({"clip_range": -0.1}, "clip_range"),
+        ({"aggregation": "mean"}, "aggregation"),
+        ({"total_updates": 0}, "total_updates=0"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PPOConfig(**settings)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    config = PPOConfig()
+    assert (config.learning_rate, config.batch_size, config.epochs) == (1e-5, 64, 4)
+    assert (config.clip_range, config.value_clip_range, config.value_coef) == (0.2, 0.2, 0.5)
+    assert (config.entropy_coef, config.kl_coef) == (0.01, 0.1)
+    assert (config.gamma, config.lam, config.adam_eps) == (1.0, 0.95, 1e-5)
