@@ -303,6 +303,7 @@ def build_parser(name: str) -> Any:
         epilog=f"examples:\n  {command.examples}\n"
         f"  rlhf {name} ... --print_config > {name}.yaml, then rlhf {name} --config {name}.yaml",
         formatter_class=Formatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,271 @@
+"""The ``rlhf`` command as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
+
+from rlhf.cli import COMMANDS, build_parser, main, with_underscores
+from rlhf.data import DataError
+from rlhf.sources import load_reward, read_preferences, read_rows, split_slice
+
+QUIET = ["--trackers", "[jsonl]", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and data files."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_word_model(folder / "base")
+    rows = {
+        "demos": [{"prompt": f"the {n}", "completion": f"{WARM[0]} {n}"} for n in NEUTRAL],
+        "pairs": [
+            {"prompt": f"a {n}", "chosen": f"{w} {n}", "rejected": f"{h} {n}"}
+            for n in NEUTRAL
+            for w, h in zip(WARM, HOSTILE)
+        ],
+        "prompts": [{"prompt": f"{n} is"} for n in NEUTRAL],
+    }
+    for name, values in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    (folder / "words.py").write_text(
+        "def length(prompts, responses):\n    return [len(r) for r in responses]\n"
+        "def broken(prompts, responses):\n    return [float('nan') for r in responses]\n"
+    )
+    return folder
+
+
+# Help
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out and c.summary in out for name, c in COMMANDS.items())
+
+
+def test_help_and_a_typing_error_load_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from rlhf.cli import main; main(['--help']); main(['pipelin'])\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_option_of_every_command_has_a_help_text(name: str) -> None:
+    parser = build_parser(name)
+    silent = [a.dest for a in parser._actions if not (a.help or "").strip()]
+    assert not silent
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_command_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert f"examples:\n  rlhf {name} " in capsys.readouterr().out
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewrad"]) == 2
+    assert "Did you mean 'reward'?" in capsys.readouterr().err
+
+
+# Options
+
+
+def test_dashes_and_underscores_mean_the_same() -> None:
+    assert with_underscores("--learning-rate=1e-5") == "--learning_rate=1e-5"
+    assert with_underscores("--ppo.kl-coef") == "--ppo.kl_coef"
+    assert with_underscores("-1e-5") == "-1e-5"
+    assert with_underscores("my-file.jsonl") == "my-file.jsonl"
+
+
+def test_yaml_with_overrides(folder: Path) -> None:
+    (folder / "ppo.yaml").write_text("policy: base\nkl_coef: 0.2\nepochs: 3\n")
+    args = build_parser("ppo").parse_args(
+        [
+            *("--config", str(folder / "ppo.yaml"), "--prompts", "p.jsonl[:5]"),
+            *("--reward", "heuristic", "--epochs", "1"),
+        ]
+    )
+    assert (args.policy, args.kl_coef, args.epochs) == ("base", 0.2, 1)
+    assert args.prompts == "p.jsonl[:5]"
+    assert args.clip_range == 0.2  # a default
+
+
+def test_nested_yaml_with_overrides_for_the_pipeline(folder: Path) -> None:
+    (folder / "run.yaml").write_text(
+        "model: base\nsft_data: 'd.jsonl[:3]'\npreference_data: p.jsonl\nprompts: q.jsonl\n"
+        "sft: {learning_rate: 0.1, epochs: 2}\n"
+    )
+    parser = build_parser("pipeline")
+    args = parser.parse_args(["--config", str(folder / "run.yaml"), "--sft.epochs", "5"])
+    config = parser.instantiate(args)
+    assert (config.sft.learning_rate, config.sft.epochs) == (0.1, 5)
+    assert config.sft_data == "d.jsonl[:3]"
+    assert config.ppo.clip_range == 0.2
+
+
+# Runs
+
+
+def test_sft_reward_ppo_and_best_of_n_work_one_after_the_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = "--trackers [jsonl] --dtype float32"
+    demos, pairs, prompts = (folder / f"{name}.jsonl" for name in ("demos", "pairs", "prompts"))
+    output = folder / "best.jsonl"
+
+    def rlhf(command: str) -> str:
+        assert main(command.split()) == 0
+        return capsys.readouterr().out
+
+    out = rlhf(
+        f"sft --model {folder}/base --data {demos} --eval_data {demos}[-3:] "
+        f"--output-dir {folder}/sft {quiet}"
+    )
+    assert "eval_loss" in out
+    out = rlhf(
+        f"reward --model {folder}/sft --data {pairs}[:40] --eval_data {pairs}[40:] "
+        f"--output_dir {folder}/reward --learning_rate=1e-2 {quiet}"
+    )
+    figures = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert float(figures["eval_pairs"]) == 20
+    assert float(figures["eval_accuracy_low"]) <= float(figures["eval_accuracy"]) <= 1
+    rlhf(
+        f"ppo --policy {folder}/sft --prompts {prompts} --reward {folder}/reward "
+        f"--output_dir {folder}/ppo --total_updates 1 --batch_size 4 --minibatch_size 4 "
+        f"--epochs 1 --max_new_tokens 4 {quiet}"
+    )
+    assert (folder / "ppo" / "model.safetensors").exists()
+    rlhf(
+        f"best-of-n --policy {folder}/ppo --prompts {prompts} --reward {folder}/words.py:length "
+        f"--n 3 --max_new_tokens 4 --output {output}"
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == len(NEUTRAL)
+    for row in rows:
+        assert len(row["candidates"]) == 3
+        assert row["best_score"] == max(c["score"] for c in row["candidates"]) == len(row["best"])
+
+
+def test_pipeline_from_yaml_and_describe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folder / "pipeline.yaml"
+    config.write_text(
+        f"model: {folder / 'base'}\n"
+        f"sft_data: {folder / 'demos.jsonl'}\n"
+        f"preference_data: {folder / 'pairs.jsonl'}\n"
+        f"prompts: {folder / 'prompts.jsonl'}\n"
+        f"output_dir: {folder / 'run'}\n"
+        "sft: {dtype: float32, trackers: [jsonl]}\n"
+        "reward: {dtype: float32, trackers: [jsonl]}\n"
+        "ppo: {dtype: float32, trackers: [jsonl], total_updates: 1, batch_size: 2,"
+        " minibatch_size: 2, epochs: 1, max_new_tokens: 3}\n"
+    )
+    assert main(["pipeline", "--config", str(config), "--describe"]) == 0
+    assert capsys.readouterr().out.count("(to do)") == 3
+    assert main(["pipeline", "--config", str(config)]) == 0
+    capsys.readouterr()
+    assert main(["pipeline", "--config", str(config), "--ppo.kl-coef", "0.5"]) == 2
+    assert "ppo.kl_coef: 0.1 before, 0.5 now" in capsys.readouterr().err
+
+
+# Errors
+
+
+def options(folder: Path, **changes: str) -> list[str]:
+    values = {
+        "policy": str(folder / "base"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "reward": "heuristic",
+        "output_dir": str(folder / "errors"),
+        "total_updates": "1",
+        "batch_size": "2",
+        "minibatch_size": "2",
+        "max_new_tokens": "3",
+        **changes,
+    }
+    return ["ppo", *[part for key, value in values.items() for part in (f"--{key}", value)], *QUIET]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": "/nowhere/p.jsonl"}, "there is no such file"),
+        ({"prompts": "{folder}/prompts.jsonl[50:]"}, "holds none of the 10 rows"),
+        ({"policy": "{folder}"}, "no config.json"),
+        ({"reward": "{folder}/words.py:nothing"}, "has no function 'nothing'"),
+        ({"reward": "{folder}/absent.py:length"}, "there is no file"),
+        ({"reward": "no_such_module:length"}, "there is no module 'no_such_module'"),
+        ({"reward": "{folder}/words.py:broken"}, "it must be a finite number"),
+        ({"learning_rate": "-1"}, "learning_rate"),
+        ({"clip_range": "-0.1"}, "clip_range"),
+        ({"output_dir": "{folder}/words.py/out"}, "cannot write to the output folder"),
+        ({"learning_rat": "1"}, "learning_rat"),
+        ({"epochs": "many"}, "epochs"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(
+    folder: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {key: value.format(folder=folder) for key, value in changes.items()}
+    assert main(options(folder, **changes)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    with pytest.raises(DataError):
+        main([*options(folder, prompts="/nowhere/p.jsonl"), "--debug"])
+
+
+def test_best_of_n_checks_its_output_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        f"best-of-n --policy absent --prompts absent.jsonl --reward heuristic --output {folder}"
+    )
+    code = main(command.split())
+    assert code == 2
+    assert "is a folder; --output names a file" in capsys.readouterr().err
+
+
+# Sources
+
+
+def test_slices_of_names() -> None:
+    assert split_slice("a.jsonl.gz[:2000]") == ("a.jsonl.gz", slice(None, 2000))
+    assert split_slice("a[1].jsonl") == ("a[1].jsonl", slice(None))
+    assert split_slice("a[-3:]") == ("a", slice(-3, None))
+
+
+def test_slices_divide_a_file(folder: Path) -> None:
+    pairs = str(folder / "pairs.jsonl")
+    everything = [pair.chosen for pair in read_preferences(pairs)]
+    parts = [
+        [pair.chosen for pair in read_preferences(pairs + part)] for part in ("[:41]", "[41:]")
+    ]
+    assert parts[0] + parts[1] == everything
+    assert len(parts[0]) == 41
+
+
+def test_errors_in_a_slice_name_it(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+        '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    )
+    with pytest.raises(DataError, match=r"bad\.jsonl\[1:\], row 1: .*identical"):
+        read_preferences(str(folder / "bad.jsonl") + "[1:]")
+    assert len(read_rows([{"prompt": "a"}])) == 1
+
+
+def test_rewards_by_name(folder: Path) -> None:
+    assert load_reward(f"{folder / 'words.py'}:length")(["p"], ["four"]) == [4]
+    assert load_reward("word_models:warmth")(["p"], ["love hate kind"]) == [1.0]
+    assert len(load_reward("heuristic")(["p"], ["text"])) == 1
