@@ -20,7 +20,7 @@ def train(folder: Path, stories: Path, **settings: float) -> tuple[list[float], 
     config = PPOConfig(
         output_dir=str(folder),
         template="none",
-        total_updates=10,
+        total_updates=12,
         batch_size=48,
         minibatch_size=24,
         micro_batch_size=24,
@@ -44,10 +44,10 @@ def train(folder: Path, stories: Path, **settings: float) -> tuple[list[float], 
     return scores, kls
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_reward_rises_at_a_small_divergence(
     stories_dir: Path, tmp_path: Path, seed: int
 ) -> None:
-    scores, kls = train(tmp_path, stories_dir, kl_coef=0.05, seed=seed)
+    scores, kls = train(tmp_path, stories_dir, kl_coef=0.1, seed=seed)
     print(scores, kls)
     assert kls[0] == pytest.approx(0.0, abs=1e-4)

@@ -41,7 +41,14 @@ def test_a_prompt_too_long_for_the_context_names_its_row() -> None:
     chat_format = ChatFormat(tiny_tokenizer(), "none")
     with pytest.raises(DataError, match="row 2: the prompt has 6 tokens.*context of 10 leaves 5"):
         encode_prompts(rows, chat_format, max_new_tokens=5, context=10)
-    assert encode_prompts(rows, chat_format, max_new_tokens=4, context=10)[1] == [8, 9, 10, 11, 12, 13]
+    assert encode_prompts(rows, chat_format, max_new_tokens=4, context=10)[1] == [
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+    ]
 
 
 def test_a_long_prompt_stops_the_trainer_before_anything_runs(make_trainer: Any) -> None:

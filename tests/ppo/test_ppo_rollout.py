@@ -39,7 +39,9 @@ def test_logprobs_and_values_match_a_plain_forward_of_each_row_alone() -> None:
     logprobs = response_logprobs(policy, batch, temperature).detach()
     values = response_values(critic, batch).detach()
     for row, (prompt, response) in enumerate(batch.lengths()):
-        ids = torch.cat([batch.prompt_ids[row, 3 - prompt :], batch.responses[row, :response]])[None]
+        ids = torch.cat([batch.prompt_ids[row, 3 - prompt :], batch.responses[row, :response]])[
+            None
+        ]
         logits = policy(ids).logits[0, prompt - 1 : -1].detach() / temperature
         expected = logits.log_softmax(-1).gather(1, ids[0, prompt:, None]).squeeze(1)
         hidden = critic.model(ids).last_hidden_state[0, prompt - 1 : -1].detach()

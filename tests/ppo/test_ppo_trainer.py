@@ -179,7 +179,10 @@ def test_dropout_is_off_in_all_three_models(make_trainer: Any) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_figures(make_trainer: Any) -> None:
-    plain, saving = run_openly(make_trainer()), run_openly(make_trainer(gradient_checkpointing=True))
+    plain, saving = (
+        run_openly(make_trainer()),
+        run_openly(make_trainer(gradient_checkpointing=True)),
+    )
     assert plain[-1] == pytest.approx(saving[-1], rel=1e-3, abs=1e-5)
 
 

@@ -166,9 +166,7 @@ def test_statistics_are_means_over_all_tokens_of_all_steps(make_trainer: Any) ->
         trainer = make_trainer(micro_batch_size=size, clip_range=0.01)
         experience = trainer.rollout(next(trainer.prompts))
         config = trainer.config
-        stats = run_epochs(
-            experience, trainer.policy_engine, trainer.critic_engine, config, seed=0
-        )
+        stats = run_epochs(experience, trainer.policy_engine, trainer.critic_engine, config, seed=0)
         figures.append({k: v.item() for k, v in stats.on_device().items()})
     assert figures[0]["clip_fraction"] > 0.1
     for name, value in figures[0].items():
