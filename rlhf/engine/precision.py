@@ -26,10 +26,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 @cache
 def cpu_is_fast_at_bfloat16() -> bool:
     """Measure it once: whether a matrix product is at least 1.5 times as fast as in float32."""
-    return _product_seconds(torch.float32) > MIN_SPEEDUP * _product_seconds(torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other would measure a busy machine's load
+    try:
+        return _product_seconds(torch.float32) > MIN_SPEEDUP * _product_seconds(torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 384, repeats: int = 5) -> float:
+def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 20) -> float:
+    """Shortest time of a product of two square matrices."""
     a = torch.ones(size, size, dtype=dtype)
     times = []
     for _ in range(repeats + 1):  # the first one warms up
