@@ -9,11 +9,6 @@
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -143,19 +138,6 @@ void gae(uintptr_t rewards, int64_t rewards_stride, uintptr_t values, int64_t va
   });
 }
 
-// Asks for huge pages in a large allocation that has not been touched yet: filling it then takes
-// one page fault where it took 512, which cost more than the arithmetic. Only a hint.
-void prefer_huge_pages(uintptr_t address, int64_t bytes) {
-#ifdef __linux__
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (address + page - 1) / page * page;
-  const uintptr_t end = (address + uintptr_t(bytes)) / page * page;
-  if (first < end) madvise(pointer<void>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
-}
-
 // Inputs come as (address, row stride); an absent one has address 0.
 typedef std::pair<uintptr_t, int64_t> Input;
 
@@ -208,7 +190,6 @@ PYBIND11_MODULE(_cpu, module) {
   });
   module.def("isa", [] { return active.name; });
   module.def("use_isa", &use_isa, py::arg("name"));
-  module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("token_logprobs_forward", &token_logprobs_forward, release_gil());
   module.def("token_logprobs_backward", &token_logprobs_backward, release_gil());
   module.def("gae", &gae, release_gil());

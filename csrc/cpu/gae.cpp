@@ -43,7 +43,8 @@ void gae_rows(const Gae& args, int64_t first) {
 void gae(const Gae& args) {
   constexpr int kTogether = 8;
   const int64_t groups = (args.rows + kTogether - 1) / kTogether;
-  const bool small = args.rows * args.columns < 8192;
+  // 100 µs of work for one core: below it, waiting for a second one may cost more than it saves.
+  const bool small = args.rows * args.columns < 100000;
 #pragma omp parallel for schedule(static) num_threads(small ? 1 : args.threads)
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = group * kTogether;

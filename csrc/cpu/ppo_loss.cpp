@@ -14,29 +14,39 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-// What is added up over the valid tokens. The first three carry the aggregation's weights.
+// What is added up over the valid tokens; weighted: by what the aggregation gives the row. The first
+// group adds up in float over kShort vectors, then in double.
 enum Sum {
-  kPolicyLoss,
-  kValueLoss,
+  kPolicyLoss,       // weighted
+  kValueLoss,        // weighted
   kWeightedEntropy,
   kEntropy,
   kLogRatio,
   kK3,
-  kClipped,
-  kValueClipped,
-  kDualClipped,
   kRatio,
-  kReturn,         // returns relative to one of them, so that equal ones have no variance at all
+  kNumShortSums,
+  // For variances, which cancel. Returns are taken relative to one of them, so that equal ones have
+  // no variance at all.
+  kReturn = kNumShortSums,
   kReturnSquared,
   kError,
   kErrorSquared,
-  kNumSums,
-  kRatioMax = kNumSums,  // stands behind the sums in a chunk's scratch
+  kNumSums
 };
+
+constexpr int kShort = 16;
+
+enum Count { kClipped, kValueClipped, kDualClipped, kNumCounts };
+
+// A chunk's scratch: the sums, the counts, the largest ratio.
+constexpr int kFirstCount = kNumSums;
+constexpr int kRatioMax = kNumSums + kNumCounts;
 static_assert(kRatioMax + 1 == kPpoScratch, "the bindings allocate as much as a chunk writes");
 
 struct Lanes {
+  Floats short_sums[kNumShortSums];
   Doubles sums[kNumSums];
+  Ints counts[kNumCounts];  // negative: a lane mask is -1 where it holds
   Floats ratio_max;
 };
 
@@ -48,7 +58,16 @@ struct MaskSummary {
 
 int64_t count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += mask[i];
+  int64_t i = 0;
+  while (i + 8 <= n) {
+    // Eight counts side by side in the bytes of a word, for as long as none can overflow.
+    const int64_t words = (n - i) / 8 < 255 ? (n - i) / 8 : 255;
+    uint64_t sums = 0;
+    for (int64_t w = 0; w < words; ++w) sums += load_as<uint64_t>(mask + i + 8 * w);
+    for (; sums; sums >>= 8) count += int64_t(sums & 255);
+    i += 8 * words;
+  }
+  for (; i < n; ++i) count += mask[i];
   return count;
 }
 
@@ -129,10 +148,6 @@ struct PartialRead {
   }
 };
 
-RK_FORMULA void add(Doubles& sum, Floats x) { sum += __builtin_convertvector(x, Doubles); }
-
-RK_FORMULA Floats ones_where(Ints mask) { return mask ? splat(1.0f) : Floats{}; }
-
 template <class Access>
 RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints valid, Floats weight,
                            const PpoClipping& clip, Lanes& lanes) {
@@ -143,13 +158,13 @@ RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints va
   const auto term = policy_term(ratio, read(args.advantages), clip);
   Access::write(piece.out(args.grad_logprobs) + i, count, weight * term.gradient);
   // Masked lanes hold log ratio 0 and advantage 0: every term below is 0 there but the ratio.
-  add(lanes.sums[kPolicyLoss], weight * term.loss);
-  add(lanes.sums[kLogRatio], log_ratio);
-  add(lanes.sums[kK3], exp_minus_one_minus(log_ratio, ratio));
-  add(lanes.sums[kClipped], ones_where(term.clipped));
-  add(lanes.sums[kDualClipped], ones_where(term.dual_clipped));
+  lanes.short_sums[kPolicyLoss] += weight * term.loss;
+  lanes.short_sums[kLogRatio] += log_ratio;
+  lanes.short_sums[kK3] += exp_minus_one_minus(log_ratio, ratio);
+  lanes.counts[kClipped] += term.clipped;
+  lanes.counts[kDualClipped] += term.dual_clipped;
   const Floats valid_ratio = valid ? ratio : Floats{};
-  add(lanes.sums[kRatio], valid_ratio);
+  lanes.short_sums[kRatio] += valid_ratio;
   lanes.ratio_max = valid_ratio > lanes.ratio_max ? valid_ratio : lanes.ratio_max;
 }
 
@@ -162,8 +177,8 @@ RK_FORMULA void add_values(const Piece& piece, int64_t i, int64_t count, Ints va
   const Floats ret = read(args.returns);
   const auto term = value_term(value, read(args.old_values), ret, clip);
   Access::write(piece.out(args.grad_values) + i, count, weight * args.value_coef * term.gradient);
-  add(lanes.sums[kValueLoss], weight * term.loss);
-  add(lanes.sums[kValueClipped], ones_where(term.clipped));
+  lanes.short_sums[kValueLoss] += weight * term.loss;
+  lanes.counts[kValueClipped] += term.clipped;
   const Floats error = ret - value;
   const Floats centred = valid ? ret - piece.some_return : Floats{};
   const Doubles wide_error = __builtin_convertvector(error, Doubles);
@@ -185,16 +200,30 @@ RK_FORMULA void add_tokens(const Piece& piece, int64_t i, int64_t count, const P
   if (args.values.data) add_values<Access>(piece, i, count, valid, weight, clip, lanes);
   if (args.entropy.data) {
     const Floats entropy = PartialRead<Access>{piece, i, count, valid}(args.entropy);
-    add(lanes.sums[kEntropy], entropy);
-    add(lanes.sums[kWeightedEntropy], weight * entropy);
+    lanes.short_sums[kEntropy] += entropy;
+    lanes.short_sums[kWeightedEntropy] += weight * entropy;
     Access::write(piece.out(args.grad_entropy) + i, count, weight * -args.entropy_coef);
   }
 }
 
+void flush_short_sums(Lanes& lanes) {
+  for (int s = 0; s < kNumShortSums; ++s) {
+    lanes.sums[s] += __builtin_convertvector(lanes.short_sums[s], Doubles);
+    lanes.short_sums[s] = Floats{};
+  }
+}
+
 void add_piece(const Piece& piece, const PpoClipping& clip, Lanes& lanes) {
-  int64_t i = 0;
-  for (; i + kLanes <= piece.n; i += kLanes) add_tokens<Whole>(piece, i, kLanes, clip, lanes);
-  if (i < piece.n) add_tokens<First>(piece, i, piece.n - i, clip, lanes);
+  const int64_t whole = piece.n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole;) {
+    const int64_t end = i + kShort * kLanes < whole ? i + kShort * kLanes : whole;
+    for (; i < end; i += kLanes) add_tokens<Whole>(piece, i, kLanes, clip, lanes);
+    flush_short_sums(lanes);
+  }
+  if (whole < piece.n) {
+    add_tokens<First>(piece, whole, piece.n - whole, clip, lanes);
+    flush_short_sums(lanes);
+  }
 }
 
 void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClipping& clip,
@@ -211,6 +240,9 @@ void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClippin
     token += n;
   }
   for (int s = 0; s < kNumSums; ++s) out[s] = sum_of_lanes(lanes.sums[s]);
+  for (int c = 0; c < kNumCounts; ++c) {
+    out[kFirstCount + c] = -sum_of_lanes(__builtin_convertvector(lanes.counts[c], Doubles));
+  }
   out[kRatioMax] = largest_lane(lanes.ratio_max);
 }
 
@@ -219,7 +251,9 @@ double variance(double sum, double sum_squared, double n) {
   return sum_squared / n - mean * mean;
 }
 
-void write_results(const PpoLoss& args, const MaskSummary& summary, const double* sums) {
+void write_results(const PpoLoss& args, const MaskSummary& summary, const double* total) {
+  const double* sums = total;
+  const double* counts = total + kFirstCount;
   const double n = summary.tokens ? double(summary.tokens) : 1.0;
   const double spread = variance(sums[kReturn], sums[kReturnSquared], n);
   const double unexplained = variance(sums[kError], sums[kErrorSquared], n);
@@ -231,11 +265,11 @@ void write_results(const PpoLoss& args, const MaskSummary& summary, const double
       sums[kEntropy] / n,
       -sums[kLogRatio] / n,
       sums[kK3] / n,
-      sums[kClipped] / n,
-      sums[kValueClipped] / n,
-      sums[kDualClipped] / n,
+      counts[kClipped] / n,
+      counts[kValueClipped] / n,
+      counts[kDualClipped] / n,
       sums[kRatio] / n,
-      sums[kRatioMax],
+      total[kRatioMax],
       args.values.data && spread > 0 ? 1.0 - unexplained / spread : 0.0,
   };
   for (int s = 0; s < int(sizeof(stats) / sizeof(*stats)); ++s) args.stats[s] = float(stats[s]);
@@ -255,7 +289,7 @@ void ppo_loss(const PpoLoss& args) {
   double total[kPpoScratch] = {};
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const double* part = args.scratch + chunk * kPpoScratch;
-    for (int s = 0; s < kNumSums; ++s) total[s] += part[s];
+    for (int s = 0; s < kRatioMax; ++s) total[s] += part[s];
     total[kRatioMax] = part[kRatioMax] > total[kRatioMax] ? part[kRatioMax] : total[kRatioMax];
   }
   write_results(args, summary, total);

@@ -24,9 +24,6 @@ ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0)
-# The C library returns allocations of this size to the system when they are freed, so that each
-# new one starts out without memory pages.
-_FRESH_PAGES_BYTES = 32 * 2**20
 
 
 def _load() -> tuple[Any, str | None]:
@@ -123,8 +120,6 @@ def token_logprobs_backward(
     lse = _vector(lse)
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype)
-        if out.nbytes > _FRESH_PAGES_BYTES:
-            _cpu.prefer_huge_pages(out.data_ptr(), out.nbytes)
     bad = _cpu.token_logprobs_backward(
         logits.data_ptr(),
         _ELEMENT_TYPES[logits.dtype],
