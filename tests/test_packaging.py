@@ -1,0 +1,156 @@
+"""What users install: how much an import costs, and what the wheel does without our environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "rlhf", "rlhf_kernels"]
+
+IMPORT = """
+import sys, time
+import torch
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start)
+print(*[name for name in ("triton", "transformers", "datasets") if name in sys.modules])
+"""
+
+ONE_OPERATION = """
+import torch
+from rlhf_kernels import token_logprobs
+logits = torch.randn(3, 7)
+ours = token_logprobs(logits, torch.tensor([0, 6, 2]), backend={backend!r})
+expected = torch.log_softmax(logits, -1)[range(3), [0, 6, 2]]
+torch.testing.assert_close(ours, expected)
+import rlhf
+print("right")
+"""
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=env, cwd=cwd
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", ["rlhf_kernels", "rlhf"])
+def test_import_is_cheap_and_pulls_in_nothing_heavy(module: str) -> None:
+    # The best of several: what the code costs, not what else the machine was doing.
+    best = float("inf")
+    for _ in range(7):
+        seconds, heavy = run(sys.executable, "-c", IMPORT.format(module=module)).split("\n")[:2]
+        assert heavy == ""
+        best = min(best, float(seconds))
+        if best < 0.025:
+            break
+    assert best < 0.050
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources alone, without anything that an earlier build left."""
+    folder = tmp_path_factory.mktemp("source")
+    left_by_builds = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=left_by_builds)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(source: Path, target: Path, env: dict[str, str] | None = None) -> Path:
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    run(*build, "--wheel-dir", target, source, env=env)
+    (wheel,) = target.glob("rlhf_kernels-*.whl")
+    return wheel
+
+
+def requirements(name: str) -> Iterator[str]:
+    """The distribution and all that it requires here, extras left out."""
+    pending, seen = [name], set()
+    while pending:
+        current = pending.pop().lower().replace("_", "-")
+        if current in seen:
+            continue
+        try:
+            needed = importlib.metadata.requires(current) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform or Python
+        seen.add(current)
+        yield current
+        pending += [re.split(r"[^\w.-]", line)[0] for line in needed if "extra ==" not in line]
+
+
+def environment_with_torch_only(folder: Path) -> Path:
+    """A new environment whose only packages are torch and what torch requires, linked from ours."""
+    venv.create(folder, with_pip=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for name in requirements("torch"):
+        distribution = importlib.metadata.distribution(name)
+        tops = {Path(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        for top in tops:
+            target = site_packages / top
+            if not target.exists():
+                target.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    return folder / "bin" / "python"
+
+
+def install(wheel: Path, python: Path, env: dict[str, str] | None = None) -> None:
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wheel_installs_beside_torch_alone_and_works(source_tree: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(source_tree, tmp_path / "wheels")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"rlhf", "rlhf_kernels", "rlhf_kernels-0.1.0.dist-info"}
+    assert any(re.fullmatch(r"rlhf_kernels/_cpu\..*\.so", name) for name in names)
+    assert "rlhf_kernels/py.typed" in names
+    data = [path.relative_to(ROOT).as_posix() for path in (ROOT / "rlhf/demo").glob("*.json*")]
+    assert set(data) <= set(names)
+
+    python = environment_with_torch_only(tmp_path / "env")
+    install(wheel, python)
+    probe = "import importlib.util as u; print(u.find_spec('transformers'), u.find_spec('numpy'))"
+    assert run(python, "-c", probe, cwd=tmp_path).split()[0] == "None"
+    assert run(python, "-c", ONE_OPERATION.format(backend="cpu"), cwd=tmp_path) == "right\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_without_a_compiler_it_installs_and_says_why(source_tree: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "CXX": "no-such-compiler"}
+    wheel = build_wheel(source_tree, tmp_path / "wheels", env)
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    python = environment_with_torch_only(tmp_path / "env")
+    install(wheel, python, env)
+    info = run(python, "-m", "rlhf_kernels.info", cwd=tmp_path)
+    (line,) = [line for line in info.splitlines() if line.strip().startswith("cpu ")]
+    assert "not available" in line
+    assert "no C++ compiler was found" in line and "'no-such-compiler'" in line
+    assert run(python, "-c", ONE_OPERATION.format(backend="reference"), cwd=tmp_path) == "right\n"
+    asked_for = subprocess.run(
+        [python, "-c", ONE_OPERATION.format(backend="cpu")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "BackendUnavailableError" in asked_for.stderr
+    assert "no C++ compiler was found" in asked_for.stderr
