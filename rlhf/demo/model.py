@@ -7,6 +7,8 @@ needs no access to a model hub. They are de-quantised once into an ordinary Hugg
 from __future__ import annotations
 
 import importlib.util
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,11 @@ def convert_smollm2(folder: Path) -> Path:
 
     source = smollm2_gguf()
     where: dict[str, Any] = {"gguf_file": source.name}
-    quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+    with redirect_stderr(io.StringIO()):  # de-quantising draws a bar that cannot be switched off
+        quantised = AutoModelForCausalLM.from_pretrained(
+            source.parent, dtype=torch.float32, **where
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     tokenizer.chat_template = CHAT_TEMPLATE
     # transformers refuses to save a model that came from GGUF, so its weights go into a fresh one.
     config = quantised.config
