@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import EPS, backends_for, close, masks, poisoned, ppo_inputs, random_mask
+from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, ppo_inputs, random_mask
 
 from rlhf_kernels import PPOLossConfig, PPOLossStats, ppo_loss
 from rlhf_kernels.losses import PPO_STATS
@@ -264,3 +264,11 @@ def test_backward_twice_through_a_retained_graph(backend):
     first = torch.autograd.grad(loss, logprobs, retain_graph=True)[0]
     second = torch.autograd.grad(loss, logprobs, grad_outputs=torch.tensor(2.0))[0]
     assert torch.equal(second, 2 * first)
+
+
+def test_values_inside_the_range_are_never_clipped(backend):
+    """old + (value - old) rounds away from value: that must not decide which branch is larger."""
+    inputs, mask = ppo_inputs(37, 65), torch.ones(37, 65, dtype=torch.bool)
+    inputs["old_values"] = normal(37, 65, seed=9, scale=10.0)
+    _, stats, gradients = run(inputs, mask, PPOLossConfig(value_clip_range=100.0), backend)
+    assert stats.value_clip_fraction == 0 and (gradients["values"] != 0).all()
