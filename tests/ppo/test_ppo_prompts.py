@@ -39,18 +39,12 @@ def test_derived_seeds_depend_on_seed_and_place() -> None:
 def test_a_prompt_too_long_for_the_context_names_its_row() -> None:
     rows = read_prompts(["w1 w2", "w1 w2 w3 w4 w5 w6"])
     chat_format = ChatFormat(tiny_tokenizer(), "none")
-    with pytest.raises(DataError, match="row 2: the prompt has 6 tokens.*context of 10 leaves 5"):
+    with pytest.raises(DataError, match=r"row 2: the prompt has 6 tokens.*context of 10 leaves 5"):
         encode_prompts(rows, chat_format, max_new_tokens=5, context=10)
-    assert encode_prompts(rows, chat_format, max_new_tokens=4, context=10)[1] == [
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-    ]
+    fitting = encode_prompts(rows, chat_format, max_new_tokens=4, context=10)
+    assert fitting[1] == [8, 9, 10, 11, 12, 13]
 
 
 def test_a_long_prompt_stops_the_trainer_before_anything_runs(make_trainer: Any) -> None:
-    with pytest.raises(DataError, match="row 2.*lower max_new_tokens"):
+    with pytest.raises(DataError, match=r"row 2.*lower max_new_tokens"):
         make_trainer(prompts=["w1", " ".join(["w2"] * 60)])

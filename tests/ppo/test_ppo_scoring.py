@@ -26,7 +26,7 @@ def test_lists_arrays_and_tensors_are_scores(returned: Any) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300, None, "good", [1.0]])
 def test_a_bad_score_names_its_prompt(bad: Any) -> None:
-    with pytest.raises(RewardError, match="response 2 of 2.*'second prompt'"):
+    with pytest.raises(RewardError, match=r"response 2 of 2.*'second prompt'"):
         score_responses(lambda prompts, responses: [1.0, bad], ROWS, TEXTS)
 
 
@@ -46,7 +46,7 @@ def test_an_exception_in_the_reward_is_named_and_kept() -> None:
     def broken(prompts: list[str], responses: list[str]) -> list[float]:
         raise KeyError("lexicon")
 
-    with pytest.raises(RewardError, match="KeyError: 'lexicon'.*'first prompt'") as error:
+    with pytest.raises(RewardError, match=r"KeyError: 'lexicon'.*'first prompt'") as error:
         score_responses(broken, ROWS, TEXTS)
     assert isinstance(error.value.__cause__, KeyError)
 
