@@ -101,7 +101,8 @@ int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_
                                 int64_t row_stride, uintptr_t targets, uintptr_t temperatures,
                                 float temperature, int64_t ignore_index, uintptr_t lse,
                                 uintptr_t entropy, uintptr_t grad_logprobs, uintptr_t grad_entropy,
-                                uintptr_t grad, int64_t grad_row_stride, int threads) {
+                                uintptr_t grad, int64_t grad_row_stride, bool grad_is_fresh,
+                                int threads) {
   const TokenLogprobsBackward args = {
       rows_in(logits, type, rows, columns, row_stride),
       pointer<const int64_t>(targets),
@@ -113,6 +114,7 @@ int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_
       pointer<const float>(grad_entropy),
       pointer<void>(grad),
       grad_row_stride,
+      grad_is_fresh,
       threads,
   };
   const int64_t bad = first_bad_target(args.targets, args.logits, ignore_index);

@@ -43,6 +43,7 @@ struct TokenLogprobsBackward {
   const float* grad_entropy;   // or null
   void* grad;                  // the type of the logits; may be the logits themselves
   int64_t grad_row_stride;
+  bool grad_is_fresh;          // large, and its memory has not been touched yet
   int threads;
 };
 

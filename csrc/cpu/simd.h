@@ -1,5 +1,5 @@
 // Vectors of lanes in the compiler's own vector types: one source for SSE2, AVX2, AVX-512 and NEON.
-// Only what the language lacks (half precision, streaming stores) is written by instruction set.
+// Only what the language lacks (half precision) is written by instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -10,8 +10,6 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
 #endif
 
 namespace rk {
@@ -150,41 +148,6 @@ template <class Type>
 RK_FORMULA void store_first(typename Type::Element* to, int64_t count, Floats x) {
   const typename Type::Raw raw = Type::narrow(x);
   memcpy(to, &raw, size_t(count) * sizeof(*to));
-}
-
-// Writes past the cache, without reading the line first; `to` is aligned to the size of a Raw.
-RK_FORMULA void stream_raw(void* to, Floats x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(static_cast<float*>(to), (__m512)x);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(static_cast<float*>(to), (__m256)x);
-#elif defined(__SSE2__)
-  _mm_stream_ps(static_cast<float*>(to), (__m128)x);
-#else
-  memcpy(to, &x, sizeof(x));
-#endif
-}
-
-RK_FORMULA void stream_raw(void* to, Halves x) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
-#elif defined(__AVX2__)
-  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
-#else
-  memcpy(to, &x, sizeof(x));  // no 8-byte vector form in SSE2
-#endif
-}
-
-template <class Type>
-RK_FORMULA void stream(typename Type::Element* to, Floats x) {
-  stream_raw(to, Type::narrow(x));
-}
-
-// Makes streamed writes visible before the thread reports that it is done.
-RK_FORMULA void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 }  // namespace RK_ISA

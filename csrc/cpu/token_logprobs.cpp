@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/simd.h"
 #include "cpu/vector_exp.h"
 #include "math/online_softmax.h"
@@ -16,8 +17,6 @@ namespace {
 // the exponentials need no rescaling in between. Float sums stay short; blocks add up in double.
 constexpr int kUnroll = 4;
 constexpr int64_t kBlock = 2048;
-// Larger gradients do not stay in a cache in any case: write past it.
-constexpr int64_t kStreamBytes = int64_t(64) << 20;
 
 struct RowSums {
   float max;
@@ -143,21 +142,12 @@ RK_FORMULA Floats gradient(Floats x, const RowGradient& row) {
   return logp < kExpUnderflow ? Floats{} : grad;  // 0·(-inf) is 0 here
 }
 
-template <class Type, bool kEntropy, bool kStream>
+template <class Type, bool kEntropy>
 void gradient_row(const typename Type::Element* x, typename Type::Element* out, int64_t n,
                   const RowGradient& row) {
   int64_t i = 0;
-  if (kStream) {
-    const int64_t offset = int64_t(reinterpret_cast<uintptr_t>(out) % sizeof(typename Type::Raw));
-    if (offset != 0) {
-      i = (int64_t(sizeof(typename Type::Raw)) - offset) / int64_t(sizeof(*out));
-      i = i < n ? i : n;
-      store_first<Type>(out, i, gradient<kEntropy>(load_first<Type>(x, i, 0.0f), row));
-    }
-  }
   for (; i + kLanes <= n; i += kLanes) {
-    const Floats grad = gradient<kEntropy>(load<Type>(x + i), row);
-    kStream ? stream<Type>(out + i, grad) : store<Type>(out + i, grad);
+    store<Type>(out + i, gradient<kEntropy>(load<Type>(x + i), row));
   }
   if (i < n) {
     const Floats grad = gradient<kEntropy>(load_first<Type>(x + i, n - i, 0.0f), row);
@@ -165,7 +155,7 @@ void gradient_row(const typename Type::Element* x, typename Type::Element* out, 
   }
 }
 
-template <class Type, bool kStream>
+template <class Type>
 void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   const int64_t n = args.logits.columns;
   const int64_t target = args.targets[row];
@@ -174,6 +164,7 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   auto* out = static_cast<typename Type::Element*>(args.grad) + row * args.grad_row_stride;
   const float g = args.grad_logprobs[row];
   const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
+  if (args.grad_is_fresh) populate_pages(out, size_t(n) * sizeof(*out));
   if (target == args.ignore_index) {
     memset(out, 0, size_t(n) * sizeof(*out));
     return;
@@ -184,9 +175,9 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   // Read before the row is overwritten, which it is where the gradient takes the logits' place.
   const float logp = element<Type>(x + target) * inverse_tau - args.lse[row];
   if (args.grad_entropy) {
-    gradient_row<Type, true, kStream>(x, out, n, gradient);
+    gradient_row<Type, true>(x, out, n, gradient);
   } else {
-    gradient_row<Type, false, kStream>(x, out, n, gradient);
+    gradient_row<Type, false>(x, out, n, gradient);
   }
   store_first<Type>(out + target, 1, splat(target_gradient(logp, g, h, entropy, inverse_tau)));
 }
@@ -203,25 +194,10 @@ void forward(const TokenLogprobsForward& args) {
   for (int64_t row = 0; row < args.logits.rows; ++row) forward_row<Type>(args, row);
 }
 
-template <class Type, bool kStream>
-void backward(const TokenLogprobsBackward& args) {
-#pragma omp parallel num_threads(threads_for(args.logits, args.threads))
-  {
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t row = 0; row < args.logits.rows; ++row) backward_row<Type, kStream>(args, row);
-    if (kStream) finish_streaming();
-  }
-}
-
 template <class Type>
 void backward(const TokenLogprobsBackward& args) {
-  const int64_t bytes =
-      args.logits.rows * args.logits.columns * int64_t(sizeof(typename Type::Element));
-  if (bytes > kStreamBytes && args.grad != args.logits.data) {
-    backward<Type, true>(args);
-  } else {
-    backward<Type, false>(args);
-  }
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads_for(args.logits, args.threads))
+  for (int64_t row = 0; row < args.logits.rows; ++row) backward_row<Type>(args, row);
 }
 
 }  // namespace

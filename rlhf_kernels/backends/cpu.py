@@ -24,6 +24,9 @@ ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0)
+# The C library gives allocations of this size back to the system when they are freed, so each new
+# one starts out without memory pages.
+_FRESH_PAGES_BYTES = 32 * 2**20
 
 
 def _load() -> tuple[Any, str | None]:
@@ -118,8 +121,10 @@ def token_logprobs_backward(
     grad_entropy = None if grad_entropy is None else _vector(grad_entropy)
     entropy = None if entropy is None else _vector(entropy)
     lse = _vector(lse)
+    fresh = False
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype)
+        fresh = out.nbytes > _FRESH_PAGES_BYTES
     bad = _cpu.token_logprobs_backward(
         logits.data_ptr(),
         _ELEMENT_TYPES[logits.dtype],
@@ -136,6 +141,7 @@ def token_logprobs_backward(
         _address(grad_entropy),
         out.data_ptr(),
         out.stride(0),
+        fresh,
         torch.get_num_threads(),
     )
     if bad >= 0:
