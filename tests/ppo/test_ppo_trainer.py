@@ -228,3 +228,12 @@ def test_defaults_are_the_published_ones() -> None:
     assert (config.clip_range, config.value_clip_range, config.value_coef) == (0.2, 0.2, 0.5)
     assert (config.entropy_coef, config.kl_coef) == (0.01, 0.1)
     assert (config.gamma, config.lam, config.adam_eps) == (1.0, 0.95, 1e-5)
+
+
+def test_bfloat16_products_train_float32_weights(make_trainer: Any) -> None:
+    trainer = make_trainer(dtype="bfloat16")
+    metrics = trainer.update(trainer.rollout(next(trainer.prompts)))
+    assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
+    # Logits of size 10 with 8 significant bits, computed in two different batches.
+    assert metrics["first_step/ratio_mean"] == pytest.approx(1.0, abs=0.05)
+    assert metrics["grad_norm"] > 0
