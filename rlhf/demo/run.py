@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def run_demo(
         StageError: A finished stage was made with other settings; they are named.
     """
     console = console or Console()
-    say: Callable[[str], None] = lambda line: console.print(line, markup=False, highlight=False)  # noqa: E731
+    say: Callable[[str], None] = partial(
+        console.print, markup=False, highlight=False, soft_wrap=True
+    )
     start = time.monotonic()
     runner = StageRunner(output, Demo(output, settings, model, say).stages(), say)
     stages = runner.run()
