@@ -45,12 +45,12 @@ class DemoSettings:
     seed: int = 0
     max_new_tokens: int = 40
     temperature: float = 0.8
-    sft_learning_rate: float = 2e-5
+    sft_learning_rate: float = 1e-4
     sft_epochs: int = 2
     training_prompts: int | None = None
     heldout_prompts: int | None = None
     heldout_pairs: int = 96
-    reward_learning_rate: float = 2e-5
+    reward_learning_rate: float = 3e-5
     reward_epochs: int = 1
     ppo_learning_rate: float = 2e-5
     ppo_critic_learning_rate: float = 2e-5
@@ -73,7 +73,7 @@ class DemoSettings:
             output_dir=str(folder),
             learning_rate=self.sft_learning_rate,
             epochs=self.sft_epochs,
-            batch_size=16,
+            batch_size=8,
             micro_batch_size=16,
             eval_fraction=0.1,
             seed=self.seed,
@@ -84,7 +84,7 @@ class DemoSettings:
             output_dir=str(folder),
             learning_rate=self.reward_learning_rate,
             epochs=self.reward_epochs,
-            batch_size=16,
+            batch_size=8,
             micro_batch_size=32,
             seed=self.seed,
         )

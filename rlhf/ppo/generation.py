@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rlhf.data import ChatFormat, pad_left
 from rlhf.engine import check_choice, check_number, resolve_dtype
@@ -101,7 +108,13 @@ def generate(
     pad_id = padding_id(tokenizer)
     rows = [list(ids) for ids in prompt_ids for _ in range(num_return)]
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    config = make_generation_config(settings, eos_ids, pad_id)
+    # Greedy for transformers: sampling, where it is asked for, is the last of the processors.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+    )
 
     ids, mask = pad_left(rows, pad_id)
     responses = torch.full((len(rows), settings.max_new_tokens), pad_id)
@@ -110,7 +123,9 @@ def generate(
             chunk = order[start : start + settings.batch_size]
             chunk_ids, chunk_mask = pad_left([rows[row] for row in chunk], pad_id)
             output = policy.generate(
-                input_ids=chunk_ids.to(device), attention_mask=chunk_mask.long().to(device)
+                input_ids=chunk_ids.to(device),
+                attention_mask=chunk_mask.long().to(device),
+                logits_processor=logits_processors(settings),
             )
             new = output[:, chunk_ids.shape[1] :].cpu()
             responses[torch.tensor(chunk), : new.shape[1]] = new
@@ -165,24 +180,37 @@ def padding_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def make_generation_config(
-    settings: GenerationSettings, eos_ids: list[int], pad_id: int
-) -> GenerationConfig:
-    """The settings in transformers' terms."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if not settings.greedy:
-        sampling = {
-            "do_sample": True,
-            "temperature": float(settings.temperature),
-            "top_p": float(settings.top_p),
-            "top_k": int(settings.top_k),
-        }
-    return GenerationConfig(
-        **sampling,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos_ids or None,
-        pad_token_id=pad_id,
-    )
+class InverseTransformSampling(LogitsProcessor):
+    """Draws a token for each row and leaves it the only possible one.
+
+    One uniform number a row, looked up in the cumulative distribution. ``torch.multinomial`` draws
+    one for every entry of the vocabulary, which on a CPU takes a third of the time of a step.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # float64 from here on: rare tokens keep their share next to a sum near 1.
+        cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1:]
+        point = torch.rand_like(total) * total
+        # The first token whose cumulative share exceeds the point, so never one of probability 0;
+        # the largest point can round up to the total itself.
+        token = torch.searchsorted(cumulative, point, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
+    """What turns logits into the choice of a token; none, and so the likeliest, if greedy."""
+    processors = LogitsProcessorList()
+    if settings.greedy:
+        return processors
+    if settings.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        processors.append(TopPLogitsWarper(float(settings.top_p)))
+    processors.append(InverseTransformSampling())
+    return processors
 
 
 @contextmanager
