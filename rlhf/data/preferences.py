@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlhf.data.types import (
     check_prompt,
     completion_messages,
 )
+from rlhf.files import write_text
 
 _PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 _TIE_COLUMNS = ("prompt", "response_a", "response_b", "preference")
@@ -122,13 +122,11 @@ class PreferenceDataset:
 
         Raises:
             DataError: if metadata is no JSON, or is named like one of those columns.
+            OutputError: if the file cannot be written.
         """
-        path = Path(path)
         lines = [self._line(item, _PAIR_COLUMNS) for item in self.pairs]
         lines += [self._line(item, _TIE_COLUMNS) for item in self.ties]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(line + "\n" for line in lines))
 
     @staticmethod
     def _line(item: PreferencePair | TiedComparison, columns: tuple[str, ...]) -> str:
@@ -150,7 +148,7 @@ class PreferenceDataset:
         """
         dataset = cls()
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
         except FileNotFoundError as error:
             raise DataError(f"{path}: there is no such file; check the path.") from error
         for number, line in enumerate(lines, start=1):

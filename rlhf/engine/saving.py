@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial"
-
-
-class OutputError(OSError):
-    """The output folder cannot be written to."""
+from rlhf.files import PARTIAL, OutputError, write_json
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -74,8 +69,4 @@ def _move_into_place(partial: Path, target: Path) -> None:
 
 def save_config(config: Any, folder: str | Path) -> None:
     """Write a config dataclass as ``training_config.json``, for people to read."""
-    path = Path(folder) / "training_config.json"
-    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-    temporary = path.with_name(path.name + PARTIAL)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(Path(folder) / "training_config.json", dataclasses.asdict(config))

@@ -16,6 +16,7 @@ from rlhf.data import (
     load_rows,
     to_preferences,
 )
+from rlhf.files import OutputError
 
 USER = {"role": "user", "content": "hello"}
 
@@ -118,6 +119,16 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="metadata"):
             PreferenceDataset([PreferencePair("p", "a", "b", metadata)]).save(path)
     assert path.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    places = {"missing/pairs.jsonl": "No such file", "file/x": "Not a dir", "folder": "Is a dir"}
+    for name, reason in places.items():
+        with pytest.raises(OutputError, match=f"cannot write .*{name}: {reason}.*choose another"):
+            filled().save(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 @pytest.mark.parametrize(
