@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.engine import ensure_writable
+from rlhf.files import write_json
 
 MARKER = "stage.json"
 # These change where results go, what is shown, memory and speed, but not the results.
@@ -204,10 +204,3 @@ def fingerprint(data: Any) -> str:
     else:
         digest.update(json.dumps(data, default=str, sort_keys=True).encode())
     return digest.hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step: it is the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
