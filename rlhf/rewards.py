@@ -161,8 +161,12 @@ class HeuristicReward:
         """One score in [0, 1] a response; ``prompts`` are texts or lists of messages.
 
         Raises:
-            ValueError: if there are not as many prompts as responses.
+            ValueError: for a text in place of a list, and unless there are as many prompts as
+                responses.
         """
+        for name, values in (("prompts", prompts), ("responses", responses)):
+            if isinstance(values, str):
+                raise ValueError(f"{name} is a single text; give a list, as in [{name[:-1]}].")
         if len(prompts) != len(responses):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(responses)} responses; give one prompt each."

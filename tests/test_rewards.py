@@ -124,3 +124,12 @@ def test_bad_weights_are_refused(weights: dict[str, float], message: str) -> Non
 def test_as_many_prompts_as_responses() -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
         HeuristicReward().score([PROMPT, PROMPT], ["one"])
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_characters() -> None:
+    with pytest.raises(
+        ValueError, match=r"prompts is a single text; give a list, as in \[prompt\]"
+    ):
+        HeuristicReward().score("abc", "abc")
+    with pytest.raises(ValueError, match="responses is a single text"):
+        HeuristicReward()(["abc"], "a")
