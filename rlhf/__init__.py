@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf.best_of_n import best_of_n
+    from rlhf.best_of import best_of_n
     from rlhf.data import PreferenceDataset, PreferencePair, agreement_stats
     from rlhf.pipeline import PipelineConfig, RLHFPipeline
     from rlhf.ppo import PPOConfig, PPOTrainer
@@ -31,7 +31,7 @@ _HOME = {
     "SFTConfig": "rlhf.sft",
     "SFTTrainer": "rlhf.sft",
     "agreement_stats": "rlhf.data",
-    "best_of_n": "rlhf.best_of_n",
+    "best_of_n": "rlhf.best_of",
 }
 
 __all__ = [

@@ -159,7 +159,7 @@ def _best_of_n_arguments(parser: Any) -> None:
 
 
 def _run_best_of_n(args: Any) -> None:
-    from rlhf.best_of_n import best_of_n
+    from rlhf.best_of import best_of_n
     from rlhf.models import load_causal_lm, load_tokenizer
     from rlhf.ppo import GenerationSettings
     from rlhf.sources import load_reward, read_prompts

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 from tiny_policy import make_policy
 
-from rlhf.best_of_n import best_of_n
+from rlhf.best_of import best_of_n
 from rlhf.data import DataError
 from rlhf.ppo import GenerationSettings, RewardError
 
