@@ -23,6 +23,7 @@ from rlhf.engine import (
     Trackers,
     TrainingConfig,
     World,
+    discarding_on_error,
     ensure_writable,
     epoch_steps,
     learning_rate_factor,
@@ -53,6 +54,7 @@ def config(**options: Any) -> TrainingConfig:
         ("lr_schedule", "step"),
         ("warmup_ratio", 1.5),
         ("seed", -1),
+        ("seed", 2**70),
         ("dtype", "float16"),
         ("micro_batch_size", 0),
         ("micro_batch_size", 2.5),
@@ -67,6 +69,12 @@ def test_a_wrong_setting_is_named_with_its_value(field: str, value: Any) -> None
         TrainingConfig(**{field: value})
     if field != "output_dir":
         assert repr(value) in str(caught.value)
+
+
+def test_a_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config(output_dir="~/runs/a").output_dir == str(tmp_path / "runs" / "a")
+    assert config(output_dir=tmp_path / "b").output_dir == str(tmp_path / "b")
 
 
 def test_no_clipping_is_a_valid_setting() -> None:
@@ -125,6 +133,18 @@ def test_weight_decay_spares_vectors() -> None:
     assert decays == {2: 0.2, 1: 0.0}
 
 
+def test_an_error_leaves_nothing_for_the_next_step() -> None:
+    layer = nn.Linear(2, 1)
+    engine = Engine(layer, config(), 5)
+    with pytest.raises(KeyError), discarding_on_error(engine):
+        engine.backward(layer(torch.ones(1, 2)).sum())
+        engine._loss_is_bad.fill_(True)  # as on a GPU, where the check waits for the step
+        raise KeyError
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    engine.backward(layer(torch.ones(1, 2)).sum())
+    assert engine.step()["grad_norm"] == pytest.approx(math.sqrt(3))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_loss_raises_before_gradients_are_touched(bad: float) -> None:
     layer = nn.Linear(2, 1)
@@ -179,16 +199,16 @@ def test_autocast_follows_dtype_and_weights_stay_float32() -> None:
         assert engine.model.weight.dtype == torch.float32
 
 
-def test_auto_dtype_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.engine import precision
-
-    seconds = {torch.float32: 1.0, torch.bfloat16: 0.5}
-    monkeypatch.setattr(precision, "_product_seconds", lambda dtype: seconds[dtype])
-    for bfloat16, expected in ((0.5, torch.bfloat16), (0.9, torch.float32), (4.5, torch.float32)):
-        seconds[torch.bfloat16] = bfloat16
-        precision.cpu_is_fast_at_bfloat16.cache_clear()
-        assert resolve_dtype("auto", torch.device("cpu")) == expected
-    precision.cpu_is_fast_at_bfloat16.cache_clear()
+@pytest.mark.parametrize("feature", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_auto_dtype_follows_what_the_processor_can(
+    monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, feature, lambda: True)
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert resolve_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

@@ -7,8 +7,8 @@ schedule, ranks, saving and tracking. A trainer only says what its loss is.
 from __future__ import annotations
 
 from rlhf.engine.batching import epoch_steps
-from rlhf.engine.config import TrainingConfig, check_choice, check_number
-from rlhf.engine.engine import Engine, NonFiniteError
+from rlhf.engine.config import MAX_SEED, TrainingConfig, check_choice, check_number
+from rlhf.engine.engine import Engine, NonFiniteError, discarding_on_error
 from rlhf.engine.precision import resolve_dtype
 from rlhf.engine.saving import OutputError, ensure_writable, save_config, save_model
 from rlhf.engine.schedule import learning_rate_factor
@@ -17,6 +17,7 @@ from rlhf.engine.tracking import Trackers
 from rlhf.engine.world import World
 
 __all__ = [
+    "MAX_SEED",
     "Engine",
     "NonFiniteError",
     "OutputError",
@@ -25,6 +26,7 @@ __all__ = [
     "World",
     "check_choice",
     "check_number",
+    "discarding_on_error",
     "ensure_writable",
     "epoch_steps",
     "learning_rate_factor",

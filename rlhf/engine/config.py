@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TRACKERS = ("jsonl", "tensorboard", "progress")
+MAX_SEED = 2**63 - 1  # what PyTorch's generators take
 
 
 def check_number(
@@ -100,7 +102,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not str(self.output_dir).strip():
             raise ValueError("output_dir is empty; name a folder for the results")
-        self.output_dir = str(self.output_dir)
+        self.output_dir = os.path.expanduser(self.output_dir)  # once, for all that use it
         check_number(self, "learning_rate", above=0)
         check_number(self, "weight_decay", at_least=0)
         check_number(self, "adam_beta1", at_least=0, below=1)
@@ -109,7 +111,7 @@ class TrainingConfig:
         check_number(self, "max_grad_norm", above=0, optional=True)
         check_choice(self, "lr_schedule", ("linear", "cosine", "constant"))
         check_number(self, "warmup_ratio", at_least=0, below=1)
-        check_number(self, "seed", at_least=0, integer=True)
+        check_number(self, "seed", at_least=0, at_most=MAX_SEED, integer=True)
         check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
         check_number(self, "micro_batch_size", at_least=1, integer=True)
         check_number(self, "log_every", at_least=1, integer=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class Engine:
         # One transfer to the host for both figures.
         grad_norm, bad = torch.stack([norm.float(), self._loss_is_bad.float()]).tolist()
         if bad:
-            self.optimizer.zero_grad()
+            self.discard()
             self._check_loss(False)
         rate = self.learning_rate
         skipped = not math.isfinite(grad_norm)
@@ -123,6 +124,13 @@ class Engine:
         self.optimizer.zero_grad()
         self.steps_done += 1
         return {"grad_norm": grad_norm, "learning_rate": rate, "skipped_step": float(skipped)}
+
+    def discard(self) -> None:
+        """Drop what ``backward`` has gathered since the last step, so that none of it is left for
+        the next one.
+        """
+        self.optimizer.zero_grad()
+        self._loss_is_bad.zero_()
 
     @property
     def learning_rate(self) -> float:
@@ -147,9 +155,20 @@ class Engine:
             f"{grad_norm}; the step is skipped ({self._skipped_in_a_row} in a row)"
         )
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self.optimizer.zero_grad()
+            self.discard()
             raise NonFiniteError(f"{message}. Lower the learning rate or max_grad_norm.")
         logger.warning(message)
+
+
+@contextmanager
+def discarding_on_error(*engines: Engine) -> Iterator[None]:
+    """Whatever ends the block early takes the gradients of its unfinished step with it."""
+    try:
+        yield
+    except BaseException:
+        for engine in engines:
+            engine.discard()
+        raise
 
 
 def trainable_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.data import split_holdout
+from rlhf.data import DataError, split_holdout
 from rlhf.engine.batching import epoch_steps
 from rlhf.engine.config import TrainingConfig, check_choice, check_number
-from rlhf.engine.engine import Engine
+from rlhf.engine.engine import Engine, discarding_on_error
 from rlhf.engine.saving import ensure_writable, save_config
 from rlhf.engine.seeding import set_seed
 from rlhf.engine.tracking import Trackers
@@ -111,8 +111,10 @@ class SupervisedTrainer(ABC):
             OutputError: The results cannot be written.
         """
         config = self.config
-        save_config(config, config.output_dir)
-        names = config.trackers if self.engine.world.is_main else []
+        is_main = self.engine.world.is_main
+        if is_main:
+            save_config(config, config.output_dir)
+        names = config.trackers if is_main else []
         metrics: dict[str, float] = {}
         with Trackers(names, config.output_dir, self.total_steps, title=self.title) as trackers:
             if self.has_eval:
@@ -162,13 +164,14 @@ class SupervisedTrainer(ABC):
         count = float(sum(map(self._weight, indices)))
         normalizer = engine.world.all_reduce_sum(torch.tensor(count, device=engine.device))
         totals: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            with engine.autocast():
-                loss, statistics = self._loss(batch, normalizer)
-            engine.backward(loss)
-            for name, value in {"loss": loss.detach(), **statistics}.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value
-        outcome = engine.step()
+        with discarding_on_error(engine):
+            for batch in micro_batches:
+                with engine.autocast():
+                    loss, statistics = self._loss(batch, normalizer)
+                engine.backward(loss)
+                for name, value in {"loss": loss.detach(), **statistics}.items():
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value
+            outcome = engine.step()
         names = list(totals)
         sums = engine.world.all_reduce_sum(torch.stack([totals[name].float() for name in names]))
         seconds = time.perf_counter() - start
@@ -195,6 +198,11 @@ def read_split(
     items = read(train_data)
     if eval_data is not None:
         return items, read(eval_data)
+    if eval_fraction and len(items) == 1:
+        raise DataError(
+            f"{source_name(train_data)}: cannot hold out evaluation data from a single row; give "
+            "more rows or evaluation data, or set eval_fraction=0."
+        )
     return split_holdout(items, float(eval_fraction), seed) if eval_fraction else (items, [])
 
 

@@ -22,10 +22,6 @@ KEY_FIGURES = (
     "eval_loss",
     "accuracy",
     "eval_accuracy",
-    "reward",
-    "score",
-    "kl",
-    "entropy",
     "learning_rate",
     "tokens_per_second",
 )

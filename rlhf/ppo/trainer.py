@@ -120,7 +120,7 @@ class PPOTrainer:
         config = self.config
         metrics: dict[str, float] = {}
         with Trackers(
-            config.trackers,
+            config.trackers if self.policy_engine.world.is_main else [],
             config.output_dir,
             config.total_updates,
             title="ppo",
@@ -199,7 +199,9 @@ class PPOTrainer:
         """Write the policy to ``output_dir`` and the critic to ``output_dir/critic``, each a
         Hugging Face folder with the tokenizer.
         """
-        folder = Path(self.config.output_dir).expanduser()
+        if not self.policy_engine.world.is_main:
+            return
+        folder = Path(self.config.output_dir)
         save_model(self.critic, self.tokenizer, folder / "critic")
         save_model(self.policy, self.tokenizer, folder)
         save_config(self.config, folder)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, World
+from rlhf.engine import Engine, World, discarding_on_error
 from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
@@ -22,11 +22,13 @@ def run_epochs(
     """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
     stats = UpdateStats(policy.device)
     lengths = experience.lengths()
-    for rows in minibatches(len(experience), config, seed):
-        normalizer = loss_normalizer(experience.select(rows), config.aggregation, policy.world)
-        for _, part in experience.micro_batches(rows, config.micro_batch_size, lengths):
-            accumulate(part, policy, critic, config, normalizer, stats)
-        stats.end_step(policy.step(), critic.step())
+    with discarding_on_error(policy, critic):
+        for rows in minibatches(len(experience), config, seed):
+            minibatch = experience.select(rows)
+            normalizer = loss_normalizer(minibatch, config.aggregation, policy.world)
+            for _, part in experience.micro_batches(rows, config.micro_batch_size, lengths):
+                accumulate(part, policy, critic, config, normalizer, stats)
+            stats.end_step(policy.step(), critic.step())
     return stats
 
 

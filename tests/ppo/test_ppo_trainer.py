@@ -15,9 +15,11 @@ from tiny_models import tiny_llama
 from tiny_policy import make_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.engine import NonFiniteError, OutputError
+from rlhf.engine import NonFiniteError, OutputError, World
 from rlhf.models import ModelError
 from rlhf.ppo import PPOConfig, RewardError
+from rlhf.ppo.seeds import derive_seed
+from rlhf.ppo.update import minibatches
 
 DOCS = Path(__file__).parents[2] / "docs" / "ppo.md"
 # Depend on the clock.
@@ -157,6 +159,43 @@ def test_an_experience_turned_nan_stops_before_the_weights_change(make_trainer: 
     with pytest.raises(NonFiniteError, match="the policy"):
         trainer.update(experience)
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before))
+
+
+def test_a_failed_update_leaves_no_gradient_for_the_next(make_trainer: Any) -> None:
+    failed, fresh = make_trainer(), make_trainer()
+    experience, same = (t.rollout(next(t.prompts)) for t in (failed, fresh))
+    broken = copy.deepcopy(experience)
+    # Only the last response of the first minibatch: micro-batches before it have their gradients.
+    seed = derive_seed(failed.config.seed, "minibatches", 0)
+    rows = next(minibatches(len(broken), failed.config, seed))
+    lengths = broken.lengths()
+    batches = [part for part, _ in broken.micro_batches(rows, 3, lengths)]
+    assert len(batches) == 2
+    broken.advantages[batches[-1][-1]] = float("nan")
+    with pytest.raises(NonFiniteError):
+        failed.update(broken)
+    engines = failed.policy_engine, failed.critic_engine
+    assert all(p.grad is None for engine in engines for p in engine.parameters)
+    assert figures(failed.update(experience)) == figures(fresh.update(same))
+    assert all(torch.equal(a, b) for a, b in zip(weights(failed), weights(fresh)))
+
+
+def test_only_the_main_rank_writes(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(total_updates=1, trackers=["jsonl"])
+    monkeypatch.setattr(World, "is_main", False)
+    trainer.train()
+    assert not list((tmp_path / "ppo").iterdir())
+
+
+def test_results_in_a_home_folder(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_trainer(total_updates=1, trackers=["jsonl"], output_dir="~/out").train()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "metrics.jsonl", "critic", "training_config.json"} <= names
 
 
 def test_changed_scores_count_once_advantages_are_estimated_anew(make_trainer: Any) -> None:
