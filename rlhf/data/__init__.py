@@ -19,7 +19,7 @@ from rlhf.data.collate import (
 from rlhf.data.errors import DataError
 from rlhf.data.formats import Demonstration, to_demonstrations, to_preferences, to_prompts
 from rlhf.data.preferences import PreferenceDataset, PreferencePair, TiedComparison
-from rlhf.data.reading import load_rows
+from rlhf.data.reading import load_as, load_rows, source_name, split_slice
 from rlhf.data.split import split_holdout
 from rlhf.data.types import Message, Text
 
@@ -38,11 +38,14 @@ __all__ = [
     "agreement_stats",
     "encode_demonstrations",
     "encode_preferences",
+    "load_as",
     "load_rows",
     "pad_left",
     "pad_right",
     "prepare_tokenizer",
+    "source_name",
     "split_holdout",
+    "split_slice",
     "to_demonstrations",
     "to_preferences",
     "to_prompts",

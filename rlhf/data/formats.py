@@ -41,18 +41,22 @@ class Demonstration:
     row: int = 0
 
 
-def to_demonstrations(rows: Iterable[Row], source: str = "data") -> list[Demonstration]:
+def to_demonstrations(
+    rows: Iterable[Row], source: str = "data", first_row: int = 1
+) -> list[Demonstration]:
     """Rows for supervised fine-tuning, in one of the forms
 
     - ``messages``: ends with the assistant's turn;
     - ``prompt``, ``completion``: each text or messages;
     - ``instruction``[, ``input``], ``output`` or ``response``: texts.
 
+    ``first_row`` is the number of the first row in the source.
+
     Raises:
         DataError: naming source and row, for unknown columns, missing, null or empty cells,
             wrong types and unknown roles.
     """
-    rows = _listed(rows, source)
+    rows = _listed(rows, source, first_row)
     columns = _columns(rows)
     convert: Callable[[Row, int], Demonstration]
     if "messages" in columns:
@@ -73,16 +77,20 @@ def to_demonstrations(rows: Iterable[Row], source: str = "data") -> list[Demonst
             "instruction[, input], output",
             "instruction[, input], response",
         )
-    return _convert_all(rows, source, convert)
+    return _convert_all(rows, source, convert, first_row)
 
 
-def to_preferences(rows: Iterable[Row], source: str = "data") -> list[PreferencePair]:
+def to_preferences(
+    rows: Iterable[Row], source: str = "data", first_row: int = 1
+) -> list[PreferencePair]:
     """Rows of preferences, in one of the forms
 
     - ``prompt``, ``chosen``, ``rejected``: each text or messages;
     - ``chosen``, ``rejected`` as messages that begin with the shared prompt;
     - ``chosen``, ``rejected`` as ``\\n\\nHuman: ...\\n\\nAssistant: ...`` dialogues (hh-rlhf) that
       begin with it.
+
+    ``first_row`` is the number of the first row in the source.
 
     Other columns become the pair's metadata (null cells are left out). An empty response is an
     error except where a dialogue text ends in a silent assistant, as a few of hh-rlhf's do: the
@@ -92,12 +100,12 @@ def to_preferences(rows: Iterable[Row], source: str = "data") -> list[Preference
         DataError: naming source and row, for unknown columns, missing, null or empty cells,
             wrong types, unknown roles, identical completions and pairs without a shared prompt.
     """
-    rows = _listed(rows, source)
+    rows = _listed(rows, source, first_row)
     columns = _columns(rows)
     if not {"chosen", "rejected"} <= columns:
         raise _unknown_columns(source, columns, "prompt, chosen, rejected", "chosen, rejected")
     convert = _explicit_pair if "prompt" in columns else _implicit_pair
-    decided = [(n, row) for n, row in enumerate(rows, 1) if not _is_tie(row)]
+    decided = [(n, row) for n, row in enumerate(rows, first_row) if not _is_tie(row)]
     pairs = [_convert(row, n, source, convert) for n, row in decided]
     _warn_of(len(rows) - len(decided), [], source, "ties were left out: they prefer nothing")
     silent = [pair.row for pair in pairs if _has_silence(pair)]
@@ -105,7 +113,9 @@ def to_preferences(rows: Iterable[Row], source: str = "data") -> list[Preference
     return pairs
 
 
-def to_prompts(rows: Iterable[Row | str], source: str = "data") -> list[dict[str, Any]]:
+def to_prompts(
+    rows: Iterable[Row | str], source: str = "data", first_row: int = 1
+) -> list[dict[str, Any]]:
     """Prompts alone, each ``{"prompt": Text, **other columns}``, from rows in one of the forms
 
     - ``prompt``: text or messages that end with the user's turn;
@@ -114,26 +124,28 @@ def to_prompts(rows: Iterable[Row | str], source: str = "data") -> list[dict[str
     - ``chosen``, ``rejected``: the prompt that they share;
     - a text that is the prompt itself.
 
+    ``first_row`` is the number of the first row in the source.
+
     Raises:
         DataError: naming source and row.
     """
-    rows = _listed(({"prompt": row} if isinstance(row, str) else row for row in rows), source)
+    rows = _listed(
+        ({"prompt": row} if isinstance(row, str) else row for row in rows), source, first_row
+    )
     columns = _columns(rows)
-    if "prompt" in columns:
-        return _convert_all(rows, source, lambda row, _: _prompt_row(row, _prompt_cell(row)))
-    if "instruction" in columns:
-        return _convert_all(
-            rows,
-            source,
-            lambda row, _: _prompt_row(row, _instruction(row), "instruction", "input"),
-        )
-    if "messages" in columns:
-        return _convert_all(
-            rows, source, lambda row, _: _prompt_row(row, _opening(row), "messages")
-        )
-    if {"chosen", "rejected"} <= columns:
-        pairs = to_preferences(rows, source)
+    if {"chosen", "rejected"} <= columns and not columns & {"prompt", "instruction", "messages"}:
+        pairs = to_preferences(rows, source, first_row)
         return [{"prompt": pair.prompt, **pair.metadata} for pair in pairs]
+
+    def convert(row: Row, number: int) -> dict[str, Any]:
+        if "prompt" in columns:
+            return _prompt_row(row, _prompt_cell(row))
+        if "instruction" in columns:
+            return _prompt_row(row, _instruction(row), "instruction", "input")
+        return _prompt_row(row, _opening(row), "messages")
+
+    if columns & {"prompt", "instruction", "messages"}:
+        return _convert_all(rows, source, convert, first_row)
     raise _unknown_columns(
         source, columns, "prompt", "instruction[, input]", "messages", "chosen, rejected"
     )
@@ -253,11 +265,11 @@ def _has_silence(pair: PreferencePair) -> bool:
 # All rows
 
 
-def _listed(rows: Iterable[Row], source: str) -> list[Row]:
+def _listed(rows: Iterable[Row], source: str, first_row: int) -> list[Row]:
     listed = list(rows)
     if not listed:
         raise DataError(f"{source}: there are no rows; give at least one.")
-    for number, row in enumerate(listed, start=1):
+    for number, row in enumerate(listed, first_row):
         if not isinstance(row, Mapping):
             raise DataError(f"the row is {describe(row)}; give an object.").at(source, number)
     return listed
@@ -274,8 +286,10 @@ def _convert(row: Row, number: int, source: str, convert: Callable[[Row, int], I
         raise error.at(source, number) from None
 
 
-def _convert_all(rows: list[Row], source: str, convert: Callable[[Row, int], Item]) -> list[Item]:
-    return [_convert(row, number, source, convert) for number, row in enumerate(rows, start=1)]
+def _convert_all(
+    rows: list[Row], source: str, convert: Callable[[Row, int], Item], first_row: int
+) -> list[Item]:
+    return [_convert(row, n, source, convert) for n, row in enumerate(rows, first_row)]
 
 
 def _unknown_columns(source: str, columns: set[str], *forms: str) -> DataError:

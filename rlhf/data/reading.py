@@ -1,15 +1,15 @@
-"""Reading rows: files, folders and hub names, all through ``datasets``."""
+"""Reading rows: files, folders and hub names, or a slice of one."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rlhf.data.errors import DataError
 from rlhf.data.types import describe
@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # a second to import; loaded where rows are
     import datasets
 
 _KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+Item = TypeVar("Item")
+
+_SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
 _SUFFIXES = ", ".join(_KINDS)
 
 
 def load_rows(
-    source: str | Path | Sequence[dict[str, Any]] | datasets.Dataset,
-    *,
-    split: str = "train",
-    limit: int | None = None,
+    source: str | Path | Sequence[dict[str, Any]] | datasets.Dataset, *, split: str = "train"
 ) -> datasets.Dataset:
     """Rows from wherever they are.
 
@@ -33,26 +33,60 @@ def load_rows(
         source: a ``.json`` (a list of objects), ``.jsonl``, ``.csv`` (every cell is text) or
             ``.parquet`` file, each also with ``.gz``; a folder written by
             ``Dataset.save_to_disk``; a data set's name on the Hugging Face Hub; a list of
-            dicts; or a ``Dataset``, which is returned as it is.
+            dicts; or a ``Dataset``, which is returned as it is. A name given as text may end with
+            a slice of its rows, as in ``pairs.jsonl[:2000]``.
         split: which part of a folder or hub data set; a file is all "train".
-        limit: at most so many rows, from the beginning.
 
     Raises:
-        DataError: for a missing, empty or broken source, naming the row where there is one.
+        DataError: for a missing, empty or broken source, naming the row where there is one, and
+            for a slice without rows.
     """
+    return _load(source, split)[0]
+
+
+def load_as(source: Any, convert: Callable[[Iterable[Any], str, int], list[Item]]) -> list[Item]:
+    """Rows of anything ``load_rows`` reads, made into items by ``to_demonstrations`` and the like.
+
+    Errors name the file, and its row also where the source is a slice.
+
+    Raises:
+        DataError: naming source and row.
+    """
+    rows, first_row = _load(source, "train")
+    return convert(rows, source_name(source), first_row)
+
+
+def source_name(source: object) -> str:
+    """What errors call a source: its path or name, without a slice, or "data" for rows."""
+    return split_slice(source)[0] if isinstance(source, str) else _name(source)
+
+
+def split_slice(source: str) -> tuple[str, slice]:
+    """``"pairs.jsonl[:2000]"`` as ``("pairs.jsonl", slice(None, 2000))``; no brackets, all rows."""
+    match = _SLICE.match(source)
+    if match is None or Path(source).expanduser().exists():
+        return source, slice(None)
+    start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
+    return match["name"], slice(start, stop)
+
+
+def _load(source: Any, split: str) -> tuple[datasets.Dataset, int]:
+    """The rows, and the number of the first of them in the source, counted from 1."""
     import datasets
 
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; give at least 1, or None for all rows.")
-    if isinstance(source, datasets.Dataset):
-        rows = source
-    elif isinstance(source, str | Path):
-        rows = _load_named(source, split)
+    name, part = split_slice(source) if isinstance(source, str) else (source, slice(None))
+    if isinstance(name, datasets.Dataset):
+        rows = name
+    elif isinstance(name, str | Path):
+        rows = _load_named(name, split)
     else:
-        rows = _from_list(list(source))
+        rows = _from_list(list(name), "data")
     if not len(rows):
         raise DataError(f"{_name(source)}: there are no rows; give at least one.")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    indices = range(*part.indices(len(rows)))
+    if not indices:
+        raise DataError(f"{source}: the slice holds none of the {len(rows)} rows; change it.")
+    return rows if len(indices) == len(rows) else rows.select(indices), indices.start + 1
 
 
 def _name(source: object) -> str:
@@ -116,6 +150,8 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
         raise DataError(f"{path}: unknown kind of file; use {_SUFFIXES}, each also with .gz.")
     try:
         _check_not_empty(path)
+        if kind == "json":
+            return _load_json(path)
         if kind == "csv":
             return _load_csv(path, split)
         if kind == "parquet" and path.suffix == ".gz":
@@ -124,9 +160,6 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
     except DataError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets each raise their own
-        if kind == "json":
-            with contextlib.suppress(OSError, EOFError, UnicodeDecodeError):  # told below
-                _find_broken_json(path)
         cause = error.__cause__ or error
         raise DataError(f"{path}: cannot be read as {kind}: {cause}") from error
 
@@ -194,61 +227,46 @@ def _load_zipped_parquet(path: Path) -> datasets.Dataset:
         return datasets.Dataset(pyarrow.parquet.read_table(io.BytesIO(file.read())))
 
 
-def _find_broken_json(path: Path) -> None:
-    """Raise for the first place at which a JSON file is broken; return if there is none."""
-    name = str(path)
+def _load_json(path: Path) -> datasets.Dataset:
+    # Not left to datasets: it would turn text that looks like a date into one.
+    return _from_list(_parse_json(path), str(path))
+
+
+def _parse_json(path: Path) -> list[Any]:
+    """The rows of a file that holds a list, or an object a line."""
     if ".jsonl" not in path.suffixes:
         with _open(path) as file:
             try:
-                json.load(file)
-                return
+                value = json.load(file)
+                return value if isinstance(value, list) else [value]
             except json.JSONDecodeError as error:
                 if error.msg != "Extra data":  # more than one value: lines after all
-                    raise DataError(f"{name}: not valid JSON: {error}.") from error
-    row = 0
+                    raise DataError(f"{path}: not valid JSON: {error}.") from error
+    rows: list[Any] = []
     with _open(path) as file:
         for line in file:
             if not line.strip():
                 continue
-            row += 1
             try:
-                value = json.loads(line.strip())
+                rows.append(json.loads(line.strip()))
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"not valid JSON: {error.msg} at column {error.colno}; correct the line."
-                ).at(name, row) from error
-            if not isinstance(value, dict):
-                raise DataError(f"the line is {describe(value)}; give an object.").at(name, row)
+                ).at(str(path), len(rows) + 1) from error
+    return rows
 
 
-def _from_list(rows: list[dict[str, Any]]) -> datasets.Dataset:
+def _from_list(rows: list[dict[str, Any]], source: str) -> datasets.Dataset:
     import datasets
 
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"the row is {describe(row)}; give an object.").at("data", number)
+            raise DataError(f"the row is {describe(row)}; give an object.").at(source, number)
     # Dataset.from_list knows the first row's columns only and would drop the others.
     columns = dict.fromkeys(name for row in rows for name in row)
+    table = {name: [row.get(name) for row in rows] for name in columns}
     try:
-        return datasets.Dataset.from_dict(
-            {name: [row.get(name) for row in rows] for name in columns}
-        )
-    except Exception as error:  # pyarrow raises several kinds for columns of mixed types
-        raise _mixed_types(rows, list(columns)) or DataError(
-            f"data: the rows fit no table: {error}"
-        ) from error
-
-
-def _mixed_types(rows: list[dict[str, Any]], columns: list[str]) -> DataError | None:
-    for name in columns:
-        first: str | None = None
-        for number, row in enumerate(rows, start=1):
-            if row.get(name) is None:
-                continue
-            kind = describe(row[name])
-            first = first or kind
-            if kind != first:
-                return DataError(
-                    f"{name} is {kind}, but {first} in the rows before; use one type a column."
-                ).at("data", number)
-    return None
+        # A prompt may be text in one row and messages in the next.
+        return datasets.Dataset.from_dict(table, on_mixed_types="use_json")
+    except Exception as error:  # pyarrow raises several kinds
+        raise DataError(f"{source}: the rows fit no table: {error}") from error

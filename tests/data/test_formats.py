@@ -231,6 +231,14 @@ def test_prompts_of_conversations_and_pairs() -> None:
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": None}, "prompt is null"),
+        (
+            {"prompt": [{"role": "robot", "content": "a"}]},
+            "unknown role 'robot'; use one of system",
+        ),
+        (
+            {"messages": [{"role": "robot", "content": "a"}]},
+            "message 1 of messages has the unknown",
+        ),
         ({"prompt": [ANSWER]}, "must end with the user's"),
         ({"messages": [ANSWER]}, "holds no prompt"),
         ({"messages": [SYSTEM, ANSWER]}, "must end with the user's"),

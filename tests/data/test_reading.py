@@ -10,7 +10,16 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf.data import DataError, load_rows
+from rlhf.data import (
+    DataError,
+    load_as,
+    load_rows,
+    source_name,
+    split_slice,
+    to_demonstrations,
+    to_preferences,
+    to_prompts,
+)
 
 ROWS = [{"prompt": "one", "completion": "1"}, {"prompt": "two, with é\n", "completion": "None"}]
 
@@ -64,16 +73,12 @@ def test_saved_folders(tmp_path: Path) -> None:
         load_rows(tmp_path)
 
 
-def test_lists_datasets_and_limit() -> None:
+def test_lists_and_datasets() -> None:
     table = load_rows(ROWS)
     assert table.to_list() == ROWS
     assert load_rows(table) is table
-    assert load_rows(ROWS, limit=1).to_list() == ROWS[:1]
-    assert len(load_rows(table, limit=10)) == 2
     uneven = load_rows([{"prompt": "a"}, {"prompt": "b", "extra": 1}])
     assert uneven.to_list() == [{"prompt": "a", "extra": None}, {"prompt": "b", "extra": 1}]
-    with pytest.raises(DataError, match="limit is 0; give at least 1"):
-        load_rows(ROWS, limit=0)
 
 
 def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +120,9 @@ def test_a_missing_file_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, name: 
         ("x.csv", "a,b\n1,2\n1,2,3\n", r"x.csv, row 2: 3 cells, but the header has 2"),
         ("x.csv", b"a,b\nx,caf\xe9\n", "x.csv: cannot be read as csv: .*utf-8"),
         ("x.jsonl", '{"a":"b"}\n\n{"a":\n', "x.jsonl, row 2: not valid JSON: .*column 6"),
-        ("x.jsonl", '{"a":"b"}\n[1]\n', "x.jsonl, row 2: the line is a list; give an object"),
+        ("x.jsonl", '{"a":"b"}\n[1]\n', "x.jsonl, row 2: the row is a list; give an object"),
+        ("x.json", "5", "x.json, row 1: the row is a value of type int; give an object"),
+        ("x.jsonl", '{"a":1180591620717411303424}', "x.jsonl: the rows fit no table"),
         ("x.json", '[{"a":"b"},', "x.json: not valid JSON: .*line 1 column"),
         ("x.json", '{"a":"b"}\n{"a"\n', "x.json, row 2: not valid JSON"),
         ("x.parquet", "PAR1 nothing", "x.parquet: cannot be read as parquet"),
@@ -139,9 +146,78 @@ def test_a_file_that_only_claims_to_be_packed(tmp_path: Path) -> None:
     [
         ([], "data: there are no rows"),
         (["text"], "data, row 1: the row is text; give an object"),
-        ([{"a": "x"}, {"a": 5}], "data, row 2: a is a value of type int, but text in the rows"),
     ],
 )
 def test_broken_lists(rows: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(rows)
+
+
+@pytest.mark.parametrize("day", ["2024-01-31", "2024-01-31 10:00:00", "2024-01-31T10:00:00Z"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
+def test_json_text_that_looks_like_a_date_stays_text(tmp_path: Path, suffix: str, day: str) -> None:
+    rows = [{"prompt": day, "messages": [{"role": "user", "content": day}]}] * 2
+    text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+    assert load_rows(write(tmp_path / f"x{suffix}", text)).to_list() == rows
+
+
+def test_a_column_may_hold_text_and_messages(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}, {"prompt": None}]
+    assert load_rows(rows).to_list() == rows
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    assert load_rows(path).to_list() == rows
+
+
+# Slices
+
+
+def numbered(folder: Path, *replaced: str) -> str:
+    """A file of ten preference pairs; ``replaced`` stand for its last rows."""
+    lines = [json.dumps({"prompt": "p", "chosen": f"c{n}", "rejected": "r"}) for n in range(10)]
+    lines[len(lines) - len(replaced) :] = replaced
+    return str(write(folder / "pairs.jsonl", "\n".join(lines)))
+
+
+def test_slices_of_names(tmp_path: Path) -> None:
+    assert split_slice("a.jsonl.gz[:2000]") == ("a.jsonl.gz", slice(None, 2000))
+    assert split_slice("a[1].jsonl") == ("a[1].jsonl", slice(None))
+    assert split_slice("a[-3:]") == ("a", slice(-3, None))
+    assert source_name("a.jsonl[:5]") == source_name(Path("a.jsonl")) == "a.jsonl"
+    assert source_name([]) == "data"
+    literal = tmp_path / "rows[1:2]"
+    datasets.Dataset.from_list(ROWS).save_to_disk(literal)
+    assert load_rows(str(literal)).to_list() == ROWS
+
+
+def test_slices_divide_a_file(tmp_path: Path) -> None:
+    path = numbered(tmp_path)
+    everything = load_rows(path).to_list()
+    assert load_rows(path + "[:4]").to_list() == everything[:4]
+    assert load_rows(path + "[4:]").to_list() == everything[4:]
+    assert load_rows(path + "[-3:-1]").to_list() == everything[-3:-1]
+    with pytest.raises(DataError, match=r"pairs.jsonl\[10:\]: the slice holds none of the 10 rows"):
+        load_rows(path + "[10:]")
+
+
+@pytest.mark.parametrize("part", ["", "[8:]", "[-2:]", "[:]", "[3:10]"])
+def test_errors_give_the_row_of_the_file_whatever_the_slice(tmp_path: Path, part: str) -> None:
+    path = numbered(tmp_path, '{"prompt": "p", "chosen": "same", "rejected": "same"}')
+    with pytest.raises(DataError, match=r"pairs\.jsonl, row 10: chosen and rejected are identical"):
+        load_as(path + part, to_preferences)
+
+
+def test_items_keep_the_row_of_the_file(tmp_path: Path) -> None:
+    path = numbered(tmp_path)
+    assert [pair.row for pair in load_as(path + "[7:9]", to_preferences)] == [8, 9]
+    rows = [{"prompt": "p", "completion": "c"}] * 3
+    text = "\n".join(map(json.dumps, rows))
+    demos = str(write(tmp_path / "demos.jsonl", text))
+    assert [demo.row for demo in load_as(demos + "[1:]", to_demonstrations)] == [2, 3]
+    bad = {"prompt": [{"role": "robot", "content": "x"}]}
+    good = {"prompt": [{"role": "user", "content": "x"}]}
+    prompts = str(write(tmp_path / "q.json", json.dumps([good, good, bad])))
+    assert load_as(prompts + "[1:2]", to_prompts) == [good]
+    with pytest.raises(
+        DataError, match=r"q\.json, row 3: message 1 of prompt has the unknown role"
+    ):
+        load_as(prompts + "[1:]", to_prompts)
