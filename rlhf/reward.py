@@ -19,14 +19,15 @@ from rlhf.data import (
     PreferenceDataset,
     PreferencePair,
     encode_preferences,
-    load_rows,
+    load_as,
     pad_right,
     prepare_tokenizer,
+    source_name,
     to_preferences,
 )
 from rlhf.engine.batching import chunks
 from rlhf.engine.config import check_choice, check_number
-from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split, source_name
+from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     disable_dropout,
     last_token_scores,
@@ -236,13 +237,13 @@ def check_padding(tokenizer: Any) -> None:
 
 
 def read_pairs(data: Any) -> list[PreferencePair]:
-    """Preference pairs from a path, a hub name, rows, or as they are."""
+    """Preference pairs from a path or hub name (or a slice of one), rows, or as they are."""
     if isinstance(data, PreferenceDataset):
         pairs = list(data.pairs)
     elif isinstance(data, Sequence) and data and isinstance(data[0], PreferencePair):
         pairs = list(data)
     else:
-        return to_preferences(load_rows(data), source_name(data))
+        return load_as(data, to_preferences)
     if not pairs:
         raise DataError("the preference data has no decided pair; add comparisons first.")
     return pairs

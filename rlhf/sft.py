@@ -15,14 +15,15 @@ from rlhf.data import (
     Demonstration,
     EncodedExample,
     encode_demonstrations,
-    load_rows,
+    load_as,
     pad_right,
     prepare_tokenizer,
+    source_name,
     to_demonstrations,
 )
 from rlhf.engine import save_model
 from rlhf.engine.batching import chunks
-from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split, source_name
+from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     check_linear_head,
     hidden_states,
@@ -147,7 +148,7 @@ def trained_tokens(example: EncodedExample) -> int:
 
 
 def read_demonstrations(data: Any) -> list[Demonstration]:
-    """Demonstrations from a path, a hub name, rows, or as they are."""
+    """Demonstrations from a path or hub name (or a slice, ``name[:2000]``), rows, or as they are."""
     if isinstance(data, Sequence) and data and isinstance(data[0], Demonstration):
         return list(data)
-    return to_demonstrations(load_rows(data), source_name(data))
+    return load_as(data, to_demonstrations)

@@ -266,7 +266,7 @@ def test_bad_inputs(tmp_path: Path) -> None:
 
 def test_real_pairs_on_a_real_model(tmp_path: Path, shared_dir: Path, stories_dir: Path) -> None:
     """hh-rlhf as it lies in the file, through a few steps; accuracy is not expected here."""
-    data = load_rows(shared_dir / "data" / "hh-rlhf-harmless-base-test.jsonl.gz", limit=60)
+    data = load_rows(f"{shared_dir}/data/hh-rlhf-harmless-base-test.jsonl.gz[:60]")
     settings = config(tmp_path, overlong="drop", epochs=1, learning_rate=1e-3)
     with pytest.warns(UserWarning, match="were left out"):
         reward = RewardTrainer(settings, str(stories_dir), None, data)

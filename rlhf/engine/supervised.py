@@ -6,13 +6,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf.data import DataError, split_holdout
+from rlhf.data import DataError, source_name, split_holdout
 from rlhf.engine.batching import epoch_steps
 from rlhf.engine.config import TrainingConfig, check_choice, check_number
 from rlhf.engine.engine import Engine, discarding_on_error
@@ -204,8 +203,3 @@ def read_split(
             "more rows or evaluation data, or set eval_fraction=0."
         )
     return split_holdout(items, float(eval_fraction), seed) if eval_fraction else (items, [])
-
-
-def source_name(data: Any) -> str:
-    """What errors call the data: its path or name, or "data"."""
-    return str(data) if isinstance(data, str | Path) else "data"

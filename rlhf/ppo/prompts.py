@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 
-from rlhf.data import ChatFormat, DataError, load_rows, to_prompts
+from rlhf.data import ChatFormat, DataError, load_as, to_prompts
 from rlhf.ppo.seeds import derive_seed
 
 PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
 
 
 def read_prompts(source: Any) -> list[PromptRow]:
-    """Rows from a file, a folder, a hub name, a ``Dataset``, or a list of rows or texts.
+    """Rows from a file, a folder, a hub name (or a slice of one, ``name[:2000]``), a ``Dataset``, or
+    a list of rows or texts.
 
     Raises:
         DataError: naming source and row.
     """
     if isinstance(source, str | Path):
-        return to_prompts(load_rows(source), str(source))
+        return load_as(source, to_prompts)
     return to_prompts(source, "prompts")
 
 
