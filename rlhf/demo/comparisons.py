@@ -1,4 +1,4 @@
-"""Two sampled responses to each prompt, compared by the simulated annotators."""
+"""Pairs of sampled responses to each prompt, compared by the simulated annotators."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def make_comparisons(
     Returns:
         Counts and the agreement of the simulated annotators.
     """
-    texts = sample(policy, prompts, 2, settings.generation(), settings.seed).texts
+    count = settings.pairs_per_prompt
+    texts = sample(policy, prompts, 2 * count, settings.generation(), settings.seed).texts
+    asked = [prompt for prompt in prompts for _ in range(count)]
     pairs = [
         (prompt, a, b)
-        for prompt, a, b in zip(prompts, texts[::2], texts[1::2], strict=True)
+        for prompt, a, b in zip(asked, texts[::2], texts[1::2], strict=True)
         if a.strip() and b.strip() and a.strip() != b.strip()
     ]
     labels, majority = annotate(
@@ -39,6 +41,9 @@ def make_comparisons(
     for (prompt, a, b), row, preference in zip(pairs, labels, majority, strict=True):
         comparisons.add_comparison(prompt, a, b, preference, simulated_annotators=row)
     split = len(comparisons) - settings.heldout_pairs
+    # Pairs of one prompt stay on one side.
+    while 0 < split and comparisons[split - 1].prompt == comparisons[split].prompt:
+        split -= 1
     if split < 1:
         raise ValueError(
             f"only {len(comparisons)} comparisons were decided, "
@@ -52,7 +57,7 @@ def make_comparisons(
         "compared": len(pairs),
         "ties": len(comparisons.ties),
         "training_pairs": split,
-        "heldout_pairs": settings.heldout_pairs,
+        "heldout_pairs": len(comparisons) - split,
         "agreement": str(stats),
         "unanimous_rate": stats.unanimous_rate,
         "fleiss_kappa": stats.fleiss_kappa,

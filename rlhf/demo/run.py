@@ -116,13 +116,14 @@ class Demo:
             ),
             Stage(
                 name="comparisons",
-                title="sample two answers to each prompt; three simulated annotators (programs, "
+                title="sample pairs of answers to each prompt; three simulated annotators (programs, "
                 "not people) say which is warmer",
                 takes="the SFT policy and prompts",
                 gives="preference pairs",
                 settings={
                     "prompts": prompts,
                     "generation": settings.generation(),
+                    "pairs_per_prompt": settings.pairs_per_prompt,
                     "heldout_pairs": settings.heldout_pairs,
                     "seed": settings.seed,
                     "simulated_annotators": [
@@ -207,7 +208,7 @@ class Demo:
         metrics = trainer.train()
         low, high = metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]
         self.say(
-            f"      right on {metrics['eval_accuracy']:.0%} of {self.settings.heldout_pairs} "
+            f"      right on {metrics['eval_accuracy']:.0%} of {metrics['eval_pairs']:.0f} "
             f"held-out pairs (95% interval {low:.0%} to {high:.0%}; chance is 50%)"
         )
         return metrics
