@@ -148,7 +148,7 @@ def trained_tokens(example: EncodedExample) -> int:
 
 
 def read_demonstrations(data: Any) -> list[Demonstration]:
-    """Demonstrations from a path or hub name (or a slice, ``name[:2000]``), rows, or as they are."""
+    """Demonstrations from a path or hub name (or a slice of one), rows, or as they are."""
     if isinstance(data, Sequence) and data and isinstance(data[0], Demonstration):
         return list(data)
     return load_as(data, to_demonstrations)

@@ -15,8 +15,7 @@ PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the 
 
 
 def read_prompts(source: Any) -> list[PromptRow]:
-    """Rows from a file, a folder, a hub name (or a slice of one, ``name[:2000]``), a ``Dataset``, or
-    a list of rows or texts.
+    """Rows from a file, a folder or a hub name (or a slice of one), or a list of rows or texts.
 
     Raises:
         DataError: naming source and row.
