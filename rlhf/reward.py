@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +34,8 @@ from rlhf.models import (
     disable_dropout,
     last_token_scores,
     length_limit,
-    load_scalar_model,
     load_tokenizer,
+    make_scalar_model,
 )
 from rlhf.reward_model import RewardModel
 
@@ -50,7 +52,8 @@ class RewardConfig(SupervisedConfig):
         overlong: What happens to a pair longer than max_length: truncate cuts the end of its
             responses, and a prompt that leaves no room for one is an error; drop leaves the pair
             out and counts it.
-        reference_pairs: The mean score of both responses of so many training pairs becomes 0.
+        reference_pairs: The mean score of both responses of so many training pairs, drawn at
+            random, becomes 0.
     """
 
     output_dir: str = "runs/reward"
@@ -77,14 +80,16 @@ class RewardTrainer(SupervisedTrainer):
         config: Settings.
         model: A causal model or a sequence classifier with one label: an id, a folder or an object.
             A classifier is trained in place, a causal model is copied.
-        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the model.
+        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the model, which is
+            then an id or a folder.
         train_data: A path or hub name, rows, a PreferenceDataset or preference pairs.
         eval_data: Likewise; None: ``config.eval_fraction`` of the training data is held out.
 
     Raises:
         OutputError: ``config.output_dir`` cannot be written to.
         DataError: The data cannot be used; the message names the row.
-        ModelError: The model cannot be loaded or become a reward model.
+        ModelError: The model or tokenizer cannot be loaded, or the model cannot become a reward
+            model.
         ValueError: The tokenizer pads with its EOS.
     """
 
@@ -103,10 +108,10 @@ class RewardTrainer(SupervisedTrainer):
         train, held_out = read_split(
             train_data, eval_data, config.eval_fraction, config.seed, read_pairs
         )
-        self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, model)
         prepare_tokenizer(self.tokenizer)
         check_padding(self.tokenizer)
-        self.model = load_scalar_model(model, seed=config.seed)
+        self.model = make_scalar_model(model, seed=config.seed)
         disable_dropout(self.model)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.reward_mean = 0.0
@@ -119,19 +124,14 @@ class RewardTrainer(SupervisedTrainer):
 
     def _encode(self, pairs: list[PreferencePair], source: str) -> list[EncodedPair]:
         limit = length_limit(self.model, self.config.max_length)
+        drop = self.config.overlong == "drop"
         chat_format = self.reward_model.chat_format
-        if self.config.overlong == "drop":
-            fitting = [pair for pair in pairs if fits(pair, chat_format, limit)]
-            if len(fitting) < len(pairs):
-                warnings.warn(
-                    f"{source}: {len(pairs) - len(fitting)} of {len(pairs)} pairs are longer than "
-                    f"{limit} tokens and were left out.",
-                    stacklevel=3,
-                )
-            pairs = fitting
-        if not pairs:
+        encoded = encode_preferences(pairs, chat_format, sys.maxsize if drop else limit, source)
+        if drop:
+            encoded = leave_out_overlong(encoded, limit, source)
+        if not encoded:
             raise DataError(f"{source}: no pair is left; raise max_length.")
-        return encode_preferences(pairs, chat_format, limit, source)
+        return encoded
 
     def _weight(self, index: int) -> int:
         return 1
@@ -193,7 +193,10 @@ class RewardTrainer(SupervisedTrainer):
     def _finish(self) -> dict[str, float]:
         """Shift scores so that their mean on the reference set is 0."""
         self.engine.model.eval()
-        pairs = sorted(self.train_pairs[: self.config.reference_pairs], key=tokens)
+        # Files are often sorted, so the first pairs need not be like the others.
+        count = min(self.config.reference_pairs, len(self.train_pairs))
+        drawn = random.Random(self.config.seed).sample(self.train_pairs, count)
+        pairs = sorted(drawn, key=tokens)
         sequences = [s.input_ids for pair in pairs for s in (pair.chosen, pair.rejected)]
         scores = [self._scores(batch) for batch in chunks(sequences, self.config.micro_batch_size)]
         mean = torch.cat(scores).double().mean().item()
@@ -215,10 +218,20 @@ def tokens(pair: EncodedPair) -> int:
     return len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
 
 
-def fits(pair: PreferencePair, chat_format: ChatFormat, limit: int) -> bool:
-    """Whether both sides have at most ``limit`` tokens."""
-    sides = (pair.chosen, pair.rejected)
-    return all(len(chat_format.encode(pair.prompt, side)[0]) <= limit for side in sides)
+def leave_out_overlong(pairs: list[EncodedPair], limit: int, source: str) -> list[EncodedPair]:
+    """The pairs of which both sides have at most ``limit`` tokens; a warning counts the others."""
+    fitting = [
+        pair
+        for pair in pairs
+        if max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) <= limit
+    ]
+    if len(fitting) < len(pairs):
+        warnings.warn(
+            f"{source}: {len(pairs) - len(fitting)} of {len(pairs)} pairs are longer than "
+            f"{limit} tokens and were left out.",
+            stacklevel=4,
+        )
+    return fitting
 
 
 def check_padding(tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.data import ChatFormat, Message, Text, pad_right
-from rlhf.engine import NonFiniteError, World, save_model
+from rlhf.engine import NonFiniteError, save_model
 from rlhf.engine.batching import chunks
 from rlhf.models import (
     context_length,
@@ -33,23 +33,31 @@ class RewardModel:
 
     Args:
         model: A sequence classifier with one label, or an id or folder of one.
-        tokenizer: Its tokenizer, or an id or folder.
+        tokenizer: Its tokenizer, or an id or folder; None: the one that lies with the model, which
+            is then an id or folder.
         template: As in ``ChatFormat``; must be the one that the model was trained with.
+
+    Raises:
+        ModelError: The model cannot be loaded or has no trained score, as a causal model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, template: str = "auto") -> None:
         self.model = load_scalar_model(model)
         score_head(self.model)
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, model)
         self.chat_format = ChatFormat(self.tokenizer, template)
         self.template = template
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:
-        """Load what ``save_pretrained`` or ``RewardTrainer`` wrote, onto the GPU if any."""
+        """Load what ``save_pretrained`` or ``RewardTrainer`` wrote, onto the GPU if any.
+
+        Raises:
+            ModelError: It cannot be loaded, or is no reward model.
+        """
         model = load_scalar_model(folder)
         template = getattr(model.config, "reward_template", "auto")
-        return cls(model.to(World().device), load_tokenizer(folder), template)
+        return cls(model, load_tokenizer(folder), template)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder; ``AutoModelForSequenceClassification`` loads it too.

@@ -53,14 +53,15 @@ class SFTTrainer(SupervisedTrainer):
     Args:
         config: Settings.
         model: A hub id, a folder or a causal model, which is trained in place.
-        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the model.
+        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the model, which is
+            then an id or a folder.
         train_data: A path or hub name, rows, or demonstrations.
         eval_data: Likewise; None: ``config.eval_fraction`` of the training data is held out.
 
     Raises:
         OutputError: ``config.output_dir`` cannot be written to.
         DataError: The data cannot be used; the message names the row.
-        ModelError: The model cannot be loaded or trained.
+        ModelError: The model or tokenizer cannot be loaded, or the model cannot be trained.
     """
 
     title = "sft"
@@ -77,7 +78,7 @@ class SFTTrainer(SupervisedTrainer):
         train, held_out = read_split(
             train_data, eval_data, config.eval_fraction, config.seed, read_demonstrations
         )
-        self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, model)
         prepare_tokenizer(self.tokenizer)
         self.model = load_causal_lm(model)
         check_linear_head(self.model)

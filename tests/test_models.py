@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from rlhf.data import pad_left, pad_right
-from rlhf.engine import save_model
+from rlhf.engine import World, save_model
 from rlhf.models import (
     ModelError,
     check_linear_head,
@@ -35,6 +35,7 @@ from rlhf.models import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    make_scalar_model,
     position_ids_from_mask,
     scalar_model_from_causal,
     score_head,
@@ -165,6 +166,29 @@ def test_loading(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).eos_token == "<end>"
 
 
+def test_models_loaded_by_name_come_onto_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path / "sft")
+    save_model(scalar_model_from_causal(tiny_llama()), tiny_tokenizer(), tmp_path / "rm")
+    monkeypatch.setattr(World, "device", torch.device("meta"))
+    assert load_causal_lm(tmp_path / "sft").device.type == "meta"
+    assert load_scalar_model(tmp_path / "rm").device.type == "meta"
+    assert load_causal_lm(tiny_llama()).device.type == "cpu"  # the caller's own choice
+
+
+def test_what_is_no_tokenizer_or_model(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    assert load_tokenizer(None, tmp_path).eos_token == "<end>"
+    with pytest.raises(ModelError, match="no tokenizer is given, and the model is an object"):
+        load_tokenizer(None, tiny_llama())
+    with pytest.raises(ModelError, match="the tokenizer is a LlamaForCausalLM; give"):
+        load_tokenizer(tiny_llama())
+    for nothing in (None, tiny_tokenizer(), 3):
+        with pytest.raises(ModelError, match=f"a {type(nothing).__name__} is no causal"):
+            load_causal_lm(nothing)  # type: ignore[arg-type]
+
+
 def test_loading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load_causal_lm(tmp_path)
@@ -248,19 +272,26 @@ def test_scores_are_float32_under_autocast() -> None:
 def test_load_scalar_model_from_every_source(tmp_path: Path) -> None:
     causal, tokenizer = tiny_llama(), tiny_tokenizer()
     save_model(causal, tokenizer, tmp_path / "sft")
-    fresh = load_scalar_model(tmp_path / "sft", seed=2)
+    fresh = make_scalar_model(tmp_path / "sft", seed=2)
     assert torch.equal(
-        score_head(fresh).weight, score_head(load_scalar_model(causal, seed=2)).weight
+        score_head(fresh).weight, score_head(make_scalar_model(causal, seed=2)).weight
     )
     save_model(fresh, tokenizer, tmp_path / "rm")
-    trained = load_scalar_model(tmp_path / "rm")
-    assert torch.equal(score_head(trained).weight, score_head(fresh).weight)
-    assert load_scalar_model(trained) is trained
+    for load in (load_scalar_model, make_scalar_model):
+        trained = load(tmp_path / "rm")
+        assert torch.equal(score_head(trained).weight, score_head(fresh).weight)
+        assert load(trained) is trained
+    for untrained in (causal, tmp_path / "sft"):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM has no trained score.*rlhf reward"):
+            load_scalar_model(untrained)
 
 
 def test_a_classifier_with_several_labels_is_refused(tmp_path: Path) -> None:
     config = tiny_llama().config
     config.num_labels = 3
     save_model(AutoModelForSequenceClassification.from_config(config), tiny_tokenizer(), tmp_path)
-    with pytest.raises(ModelError, match="classifier with 3 labels"):
-        load_scalar_model(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for load in (load_scalar_model, make_scalar_model):
+        for model in (tmp_path, classifier):
+            with pytest.raises(ModelError, match="classifier with 3 labels"):
+                load(model)

@@ -13,7 +13,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.data import DataError, PreferenceDataset, PreferencePair, load_rows
-from rlhf.engine import NonFiniteError, OutputError
+from rlhf.engine import NonFiniteError, OutputError, save_model
 from rlhf.models import ModelError, scalar_model_from_causal, score_head
 from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
 
@@ -214,6 +214,38 @@ def test_data_in_every_form(tmp_path: Path) -> None:
     for data in (path, load_rows(path), pairs, dataset):
         reward = trainer(tmp_path / "out", data)
         assert (len(reward.train_pairs), len(reward.eval_pairs)) == (58, 6)
+
+
+def test_a_model_without_a_trained_score_is_no_reward_model(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    for untrained in (tmp_path, tiny_llama()):
+        with pytest.raises(ModelError, match="no trained score"):
+            RewardModel(untrained, tiny_tokenizer())
+    with pytest.raises(ModelError, match="no trained score"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def test_the_reference_set_is_a_seeded_sample(tmp_path: Path) -> None:
+    """Of pairs sorted by length: the first ones alone would give the mean of short ones."""
+    data = [
+        {"prompt": "w9", "chosen": "w1 " * (1 + i), "rejected": "w2 " * (1 + i)} for i in range(40)
+    ]
+
+    def mean(**options: Any) -> float:
+        reward = trainer(tmp_path, data, eval_fraction=0, **options)
+        return reward._finish()["reward_mean"]
+
+    first, everything = mean(reference_pairs=4), mean(reference_pairs=40)
+    assert mean(reference_pairs=4) == first
+    assert mean(reference_pairs=4, seed=1) != first
+    heads = trainer(tmp_path, data[:4], eval_fraction=0)._finish()["reward_mean"]
+    assert first != heads
+    assert mean(reference_pairs=1000) == everything
+
+
+def test_a_tokenizer_must_be_given_beside_a_model_object(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no tokenizer is given"):
+        RewardTrainer(config(tmp_path), tiny_llama(), None, rows())
 
 
 def test_overlong_pairs(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_bad_inputs(tmp_path: Path) -> None:
         trainer(tmp_path, max_length=100)
     with pytest.raises(DataError, match="cannot hold out.*set eval_fraction=0"):
         trainer(tmp_path, rows(1))
+    with pytest.raises(ModelError, match="no tokenizer is given"):
+        SFTTrainer(config(tmp_path), tiny_llama(), None, rows())
     with pytest.raises(ModelError, match=r"has no config\.json"):
         SFTTrainer(config(tmp_path), tmp_path, tiny_tokenizer(), rows())
     for field, value in (

@@ -13,6 +13,7 @@ from rlhf.models.loading import (
 from rlhf.models.scalar import (
     last_token_scores,
     load_scalar_model,
+    make_scalar_model,
     scalar_model_from_causal,
     score_head,
     token_scores,
@@ -37,6 +38,7 @@ __all__ = [
     "load_causal_lm",
     "load_scalar_model",
     "load_tokenizer",
+    "make_scalar_model",
     "model_name",
     "position_ids_from_mask",
     "scalar_model_from_causal",

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.engine.world import World
+
 
 class ModelError(ValueError):
     """A model or tokenizer cannot be loaded, or does not have the form that is needed."""
@@ -17,25 +19,53 @@ class ModelError(ValueError):
 def load_causal_lm(
     name_or_model: str | Path | nn.Module, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A causal language model from a hub id, a folder, or an object, which is converted in place.
+    """A causal language model from a hub id, a folder, or an object.
+
+    What is loaded comes onto this rank's device; an object is converted where it is.
 
     Raises:
         ModelError: It cannot be loaded; the message names it.
     """
     if isinstance(name_or_model, nn.Module):
         return name_or_model.to(dtype)
-    return load(AutoModelForCausalLM, name_or_model, "causal language model", dtype=dtype)
+    model = load(AutoModelForCausalLM, name_or_model, "causal language model", dtype=dtype)
+    return model.to(World().device)
 
 
-def load_tokenizer(name_or_tokenizer: Any) -> Any:
-    """A tokenizer from a hub id, a folder, or an object, which is returned as it is."""
-    if not isinstance(name_or_tokenizer, str | Path):
-        return name_or_tokenizer
-    return load(AutoTokenizer, name_or_tokenizer, "tokenizer")
+def load_tokenizer(name_or_tokenizer: Any, model: Any = None) -> Any:
+    """A tokenizer from a hub id, a folder, or an object, which is returned as it is.
+
+    Args:
+        name_or_tokenizer: Which one; None: the one that lies with ``model``.
+        model: An id or folder; a model object has no tokenizer with it.
+
+    Raises:
+        ModelError: It cannot be loaded, is no tokenizer, or is None beside a model object.
+    """
+    if name_or_tokenizer is None and isinstance(model, str | Path):
+        name_or_tokenizer = model
+    if isinstance(name_or_tokenizer, str | Path):
+        return load(AutoTokenizer, name_or_tokenizer, "tokenizer")
+    if name_or_tokenizer is None:
+        raise ModelError(
+            "no tokenizer is given, and the model is an object that has none with it. Give "
+            "tokenizer=, an id, a folder or a tokenizer."
+        )
+    if not (callable(name_or_tokenizer) and hasattr(name_or_tokenizer, "eos_token_id")):
+        raise ModelError(
+            f"the tokenizer is a {type(name_or_tokenizer).__name__}; give an id, a folder or a "
+            "transformers tokenizer."
+        )
+    return name_or_tokenizer
 
 
 def load(auto_class: Any, name: str | Path, what: str, **options: Any) -> Any:
     """``auto_class.from_pretrained``, with an error that says what to do."""
+    if not isinstance(name, str | Path):
+        raise ModelError(
+            f"a {type(name).__name__} is no {what}; give a Hugging Face folder, a model id or a "
+            "transformers model."
+        )
     path = Path(name).expanduser()
     is_folder = path.is_dir()
     if is_folder and not (path / "config.json").exists():

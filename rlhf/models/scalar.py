@@ -7,6 +7,8 @@ where the score is read: at positions that the attention mask names, never by co
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +16,60 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rlhf.engine.world import World
 from rlhf.models.loading import ModelError, load, load_causal_lm, model_name
 from rlhf.models.trunk import hidden_states
 
 
-def load_scalar_model(name_or_model: str | Path | nn.Module, *, seed: int = 0) -> Any:
-    """A float32 model with one score, from an id, a folder or an object.
+def load_scalar_model(name_or_model: str | Path | nn.Module) -> Any:
+    """A trained float32 model with one score, from an id, a folder or an object.
 
-    A sequence classifier with one label is taken as it is; a causal language model gets a new head
-    (see ``scalar_model_from_causal``).
+    What is loaded comes onto this rank's device.
+
+    Raises:
+        ModelError: It cannot be loaded, or has no score yet: a causal model, or a classifier with
+            several labels. A head drawn at random here would be taken for a judgement.
+    """
+    return _load(name_or_model, convert=None)
+
+
+def make_scalar_model(name_or_model: str | Path | nn.Module, *, seed: int = 0) -> Any:
+    """As ``load_scalar_model``, for training: a causal model gets a new head.
+
+    See ``scalar_model_from_causal``; the seed is the head's.
 
     Raises:
         ModelError: It cannot be loaded, or is a classifier with several labels.
     """
-    if isinstance(name_or_model, nn.Module):
-        model: Any = name_or_model
-        return model.float() if is_scalar(model) else scalar_model_from_causal(model, seed=seed)
-    config = load(AutoConfig, name_or_model, "model")
-    if not any("ForSequenceClassification" in name for name in config.architectures or []):
-        return scalar_model_from_causal(load_causal_lm(name_or_model), seed=seed)
+    return _load(name_or_model, convert=partial(scalar_model_from_causal, seed=seed))
+
+
+def _load(name_or_model: Any, convert: Callable[[Any], Any] | None) -> Any:
+    is_object = isinstance(name_or_model, nn.Module)
+    if is_object:
+        config, classes = name_or_model.config, [type(name_or_model).__name__]
+        name = model_name(name_or_model)
+    else:
+        config = load(AutoConfig, name_or_model, "model")
+        classes, name = config.architectures or [], str(name_or_model)
+    if not any("ForSequenceClassification" in class_name for class_name in classes):
+        if convert is None:
+            raise ModelError(
+                f"{name} is no reward model: {', '.join(classes) or 'its config'} has no trained "
+                "score. Train it with `rlhf reward` (RewardTrainer) first."
+            )
+        return convert(name_or_model if is_object else load_causal_lm(name_or_model))
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{name} is a classifier with {config.num_labels} labels; "
+            "a reward model or critic has one (num_labels=1)"
+        )
+    if is_object:
+        return name_or_model.float()
     model = load(
         AutoModelForSequenceClassification, name_or_model, "reward model", dtype=torch.float32
     )
-    if not is_scalar(model):
-        raise ModelError(
-            f"{name_or_model} is a classifier with {model.config.num_labels} labels; "
-            "a reward model or critic has one (num_labels=1)"
-        )
-    return model
-
-
-def is_scalar(model: Any) -> bool:
-    """Whether the model already is a sequence classifier with one label and a linear head."""
-    return "ForSequenceClassification" in type(model).__name__ and model.config.num_labels == 1
+    return model.to(World().device)
 
 
 def scalar_model_from_causal(model: Any, *, seed: int = 0) -> Any:

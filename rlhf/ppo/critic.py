@@ -13,7 +13,7 @@ from rlhf.models import (
     check_linear_head,
     disable_dropout,
     load_causal_lm,
-    load_scalar_model,
+    make_scalar_model,
     scalar_model_from_causal,
     score_head,
 )
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int) -> Any:
     """The critic: a scalar model of its own, never one that is also used for something else.
 
-    Given: as it is. Else, if the reward is a ``RewardModel`` with the policy's tokenizer, a copy of
+    Given: as it is (of a ``RewardModel``, its model; a causal model gets a new head). Else, if the reward is a ``RewardModel`` with the policy's tokenizer, a copy of
     it, head included: it already judges unfinished responses well (Stiennon et al. 2020, arXiv
     2009.01325). Else the policy's trunk with a new head.
 
@@ -33,7 +33,8 @@ def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int
         ModelError: The given one has fewer token ids than the policy, or is no scalar model.
     """
     if critic is not None:
-        model = load_scalar_model(critic, seed=seed)
+        given = critic.model if isinstance(critic, RewardModel) else critic
+        model = make_scalar_model(given, seed=seed)
         if isinstance(reward, RewardModel) and model is reward.model:
             model = copy.deepcopy(model)  # the reward must not change while the critic learns
         if vocabulary_size(model) < vocabulary_size(policy):

@@ -43,7 +43,8 @@ class PPOTrainer:
     Args:
         config: Settings.
         policy: A causal model: an id, a folder or an object, which is trained in place.
-        tokenizer: An id, a folder or a tokenizer.
+        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the policy, which is
+            then an id or a folder.
         prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows or texts. Columns
             beside the prompt go to the reward.
         reward: A ``RewardModel`` or a callable ``(prompts, responses, **columns)`` that returns one
@@ -72,7 +73,7 @@ class PPOTrainer:
         ensure_writable(config.output_dir)
         self.config = config
         self.reward = reward
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, policy)
         prepare_tokenizer(self.tokenizer)
         self.chat_format = ChatFormat(self.tokenizer, config.template)
         policy = load_causal_lm(policy)

@@ -82,6 +82,16 @@ def test_a_given_critic_is_trained_in_place(make_trainer: Any) -> None:
     assert make_trainer(reward=reward, critic=reward.model).critic is not reward.model
 
 
+def test_a_reward_model_can_be_the_critic(make_trainer: Any) -> None:
+    judge, reward = make_reward(), make_reward()
+    assert make_trainer(reward=reward, critic=judge).critic is judge.model
+    before = state(reward.model)
+    trainer = make_trainer(reward=reward, critic=reward)
+    one_update(trainer)
+    assert same(state(reward.model), before)
+    assert not same(state(trainer.critic), before)
+
+
 def test_a_critic_of_a_smaller_vocabulary_is_refused(make_trainer: Any) -> None:
     small = tiny_llama()
     small.resize_token_embeddings(64)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.engine import NonFiniteError, OutputError, World
 from rlhf.models import ModelError
-from rlhf.ppo import PPOConfig, RewardError
+from rlhf.ppo import PPOConfig, PPOTrainer, RewardError
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import minibatches
 
@@ -223,6 +223,12 @@ def test_gradient_checkpointing_gives_the_same_figures(make_trainer: Any) -> Non
         run_openly(make_trainer(gradient_checkpointing=True)),
     )
     assert plain[-1] == pytest.approx(saving[-1], rel=1e-3, abs=1e-5)
+
+
+def test_a_tokenizer_must_be_given_beside_a_policy_object(tmp_path: Path) -> None:
+    config = PPOConfig(output_dir=str(tmp_path))
+    with pytest.raises(ModelError, match="no tokenizer is given"):
+        PPOTrainer(config, make_policy(), None, ["w1"], lambda prompts, responses: [0.0])
 
 
 def test_an_unwritable_output_folder_is_named(make_trainer: Any, tmp_path: Path) -> None:
