@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf.data import (
-    ChatFormat,
     DataError,
     EncodedPair,
     PreferenceDataset,

@@ -164,7 +164,7 @@ def test_bad_inputs(tmp_path: Path) -> None:
         trainer(tmp_path, long, eval_fraction=0)
     with pytest.raises(ValueError, match="max_length=100 is longer than the context"):
         trainer(tmp_path, max_length=100)
-    with pytest.raises(DataError, match="cannot hold out.*set eval_fraction=0"):
+    with pytest.raises(DataError, match=r"cannot hold out.*set eval_fraction=0"):
         trainer(tmp_path, rows(1))
     with pytest.raises(ModelError, match="no tokenizer is given"):
         SFTTrainer(config(tmp_path), tiny_llama(), None, rows())

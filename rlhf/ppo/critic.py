@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int) -> Any:
     """The critic: a scalar model of its own, never one that is also used for something else.
 
-    Given: as it is (of a ``RewardModel``, its model; a causal model gets a new head). Else, if the reward is a ``RewardModel`` with the policy's tokenizer, a copy of
-    it, head included: it already judges unfinished responses well (Stiennon et al. 2020, arXiv
-    2009.01325). Else the policy's trunk with a new head.
+    Given: as it is (of a ``RewardModel`` its model; a causal model gets a new head). Else, if the
+    reward is a ``RewardModel`` with the policy's tokenizer, a copy of it, head included: it already
+    judges unfinished responses well (Stiennon et al. 2020, arXiv 2009.01325). Else the policy's
+    trunk with a new head.
 
     Raises:
         ModelError: The given one has fewer token ids than the policy, or is no scalar model.
