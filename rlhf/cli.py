@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rlhf.files import write_text
 from rlhf.terminal import EXIT_USER_ERROR, quiet_libraries, run_for_person
 
 DATA = (
@@ -54,15 +54,11 @@ def _sft_arguments(parser: Any) -> None:
 
 
 def _run_sft(args: Any) -> None:
-    from rlhf.models import load_causal_lm, load_tokenizer
     from rlhf.sft import SFTConfig, SFTTrainer
-    from rlhf.sources import read_demonstrations
 
     config = config_from(args, SFTConfig)
-    train = read_demonstrations(args.data)
-    held_out = read_demonstrations(args.eval_data) if args.eval_data else None
-    model, tokenizer = load_causal_lm(args.model), load_tokenizer(args.model)
-    report(SFTTrainer(config, model, tokenizer, train, held_out).train(), config.output_dir)
+    trainer = SFTTrainer(config, args.model, None, args.data, args.eval_data)
+    report(trainer.train(), config.output_dir)
 
 
 # rlhf reward
@@ -80,14 +76,10 @@ def _reward_arguments(parser: Any) -> None:
 
 
 def _run_reward(args: Any) -> None:
-    from rlhf.models import load_tokenizer
     from rlhf.reward import RewardConfig, RewardTrainer
-    from rlhf.sources import read_preferences
 
     config = config_from(args, RewardConfig)
-    train = read_preferences(args.data)
-    held_out = read_preferences(args.eval_data) if args.eval_data else None
-    trainer = RewardTrainer(config, args.model, load_tokenizer(args.model), train, held_out)
+    trainer = RewardTrainer(config, args.model, None, args.data, args.eval_data)
     report(trainer.train(), config.output_dir)
 
 
@@ -106,14 +98,12 @@ def _ppo_arguments(parser: Any) -> None:
 
 
 def _run_ppo(args: Any) -> None:
-    from rlhf.models import load_causal_lm, load_tokenizer
     from rlhf.ppo import PPOConfig, PPOTrainer
-    from rlhf.sources import load_reward, read_prompts
+    from rlhf.sources import load_reward
 
-    config = config_from(args, PPOConfig)
-    prompts, reward = read_prompts(args.prompts), load_reward(args.reward)
-    policy, tokenizer = load_causal_lm(args.policy), load_tokenizer(args.policy)
-    report(PPOTrainer(config, policy, tokenizer, prompts, reward).train(), config.output_dir)
+    config, reward = config_from(args, PPOConfig), load_reward(args.reward)
+    trainer = PPOTrainer(config, args.policy, args.policy, args.prompts, reward)
+    report(trainer.train(), config.output_dir)
 
 
 # rlhf pipeline
@@ -160,19 +150,16 @@ def _best_of_n_arguments(parser: Any) -> None:
 
 def _run_best_of_n(args: Any) -> None:
     from rlhf.best_of import best_of_n
-    from rlhf.models import load_causal_lm, load_tokenizer
     from rlhf.ppo import GenerationSettings
-    from rlhf.sources import load_reward, read_prompts
+    from rlhf.sources import load_reward
 
     output = Path(args.output).expanduser()
     check_output_file(output)
-    rows, reward = read_prompts(args.prompts), load_reward(args.reward)
     results = best_of_n(
-        load_causal_lm(args.policy),
-        rows,
-        reward,
+        args.policy,
+        args.prompts,
+        load_reward(args.reward),
         args.n,
-        tokenizer=load_tokenizer(args.policy),
         template=args.template,
         settings=config_from(args, GenerationSettings),
         seed=args.seed,
@@ -343,10 +330,7 @@ def check_output_file(path: Path) -> None:
 
 def write_jsonl(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write JSON lines in one step."""
-    temporary = path.with_name(path.name + ".partial")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,65 +1,15 @@
-"""What a command line or a YAML file names: data, perhaps a slice of it, and rewards."""
+"""Rewards as a command line names them."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-import re
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from rlhf.data import (
-    DataError,
-    Demonstration,
-    PreferencePair,
-    load_rows,
-    to_demonstrations,
-    to_preferences,
-    to_prompts,
-)
-
-_SLICE = re.compile(r"^(?P<source>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
-
-
-def split_slice(source: str) -> tuple[str, slice]:
-    """``"pairs.jsonl[:2000]"`` as ``("pairs.jsonl", slice(None, 2000))``; no brackets, all rows."""
-    match = _SLICE.match(source)
-    if match is None:
-        return source, slice(None)
-    start, stop = (int(match[name]) if match[name] else None for name in ("start", "stop"))
-    return match["source"], slice(start, stop)
-
-
-def read_rows(source: Any) -> Any:
-    """Rows of anything ``rlhf.data.load_rows`` reads; a name may end with a Python slice.
-
-    Raises:
-        DataError: It cannot be read, or the slice has no rows.
-    """
-    if not isinstance(source, str):
-        return load_rows(source)
-    name, part = split_slice(source)
-    rows = load_rows(name)
-    indices = range(*part.indices(len(rows)))
-    if not indices:
-        raise DataError(f"{source}: the slice holds none of the {len(rows)} rows; change it.")
-    return rows if len(indices) == len(rows) else rows.select(indices)
-
-
-def read_demonstrations(source: Any) -> list[Demonstration]:
-    """Demonstrations from a source that ``read_rows`` reads; rows count from the slice's first."""
-    return to_demonstrations(read_rows(source), _name(source))
-
-
-def read_preferences(source: Any) -> list[PreferencePair]:
-    """Preference pairs from a source that ``read_rows`` reads."""
-    return to_preferences(read_rows(source), _name(source))
-
-
-def read_prompts(source: Any) -> list[dict[str, Any]]:
-    """Prompts with their other columns, from a source that ``read_rows`` reads."""
-    return to_prompts(read_rows(source), _name(source))
 
 
 def load_reward(name: str) -> Callable[..., Any]:
@@ -104,15 +54,28 @@ def _module(module_name: str, name: str) -> Any:
                 f"reward {name!r}: there is no module {module_name!r}. For a file, write "
                 "path/to/file.py:function."
             ) from error
-    path = Path(module_name).expanduser()
+    path = Path(module_name).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"reward {name!r}: there is no file {module_name}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    return _module_of_file(path)
+
+
+def _module_of_file(path: Path) -> Any:
+    """The module of a file, which may import the files beside it."""
+    # A name of its own, so that it neither hides nor is hidden by an installed module.
+    unique = f"_rlhf_reward_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(unique, path)
     assert spec is not None and spec.loader is not None  # a .py file always has both
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    folder = str(path.parent)
+    sys.modules[unique] = module  # dataclasses and pickle look their module up here
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique]
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # the file took it out itself
+            sys.path.remove(folder)
     return module
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "data"

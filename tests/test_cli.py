@@ -12,7 +12,7 @@ from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 
 from rlhf.cli import COMMANDS, build_parser, main, with_underscores
 from rlhf.data import DataError
-from rlhf.sources import load_reward, read_preferences, read_rows, split_slice
+from rlhf.sources import load_reward
 
 QUIET = ["--trackers", "[jsonl]", "--dtype", "float32"]
 
@@ -236,36 +236,78 @@ def test_best_of_n_checks_its_output_first(
     assert "is a folder; --output names a file" in capsys.readouterr().err
 
 
-# Sources
-
-
-def test_slices_of_names() -> None:
-    assert split_slice("a.jsonl.gz[:2000]") == ("a.jsonl.gz", slice(None, 2000))
-    assert split_slice("a[1].jsonl") == ("a[1].jsonl", slice(None))
-    assert split_slice("a[-3:]") == ("a", slice(-3, None))
-
-
-def test_slices_divide_a_file(folder: Path) -> None:
-    pairs = str(folder / "pairs.jsonl")
-    everything = [pair.chosen for pair in read_preferences(pairs)]
-    parts = [
-        [pair.chosen for pair in read_preferences(pairs + part)] for part in ("[:41]", "[41:]")
-    ]
-    assert parts[0] + parts[1] == everything
-    assert len(parts[0]) == 41
-
-
-def test_errors_in_a_slice_name_it(folder: Path) -> None:
-    (folder / "bad.jsonl").write_text(
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "sft --data {folder}/demos.jsonl[4:] --max_length 2 --eval_fraction 0",
+            "demos.jsonl, row 5",
+        ),
+        (
+            "sft --data {folder}/demos.jsonl --eval_data {folder}/pairs.jsonl",
+            "pairs.jsonl: the col",
+        ),
+        (
+            "reward --data {folder}/pairs.jsonl[7:] --max_length 2 --eval_fraction 0",
+            "s.jsonl, row 8",
+        ),
+        ("reward --data {folder}/same.jsonl[1:]", "same.jsonl, row 2: chosen and rejected are id"),
+    ],
+)
+def test_errors_name_the_file_and_its_row(
+    folder: Path, command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "same.jsonl").write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
         '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
-    with pytest.raises(DataError, match=r"bad\.jsonl\[1:\], row 1: .*identical"):
-        read_preferences(str(folder / "bad.jsonl") + "[1:]")
-    assert len(read_rows([{"prompt": "a"}])) == 1
+    parts = command.format(folder=folder).split()
+    assert main([*parts, "--model", f"{folder}/base", "--output_dir", f"{folder}/out", *QUIET]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_best_of_n_says_first_that_its_output_cannot_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "best-of-n --policy absent --prompts absent.jsonl --reward heuristic "
+        f"--output {folder}/words.py/below/best.jsonl"
+    )
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert f"cannot write to the output folder {folder}/words.py/below: Not a directory" in err
+
+
+# Rewards
 
 
 def test_rewards_by_name(folder: Path) -> None:
     assert load_reward(f"{folder / 'words.py'}:length")(["p"], ["four"]) == [4]
     assert load_reward("word_models:warmth")(["p"], ["love hate kind"]) == [1.0]
     assert len(load_reward("heuristic")(["p"], ["text"])) == 1
+
+
+def test_a_reward_file_may_define_dataclasses_and_import_its_neighbours(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "neighbour_of_rewards.py").write_text("POINTS = 3\n")
+    (tmp_path / "json.py").write_text(  # the name of an installed module
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "from neighbour_of_rewards import POINTS\n"
+        "@dataclass\nclass Points:\n    n: int = POINTS\n    most: ClassVar[int] = 9\n"
+        "def points(prompts, responses):\n    return [Points().n for _ in responses]\n"
+    )
+    before = list(sys.path)
+    assert load_reward(f"{tmp_path / 'json.py'}:points")(["p"], ["r"]) == [3]
+    assert sys.path == before
+    assert sys.modules["json"] is json
+
+
+def test_a_reward_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text("raise RuntimeError('from the file')\n")
+    before = list(sys.path), set(sys.modules)
+    with pytest.raises(RuntimeError, match="from the file"):
+        load_reward(f"{tmp_path / 'failing.py'}:score")
+    assert (list(sys.path), set(sys.modules)) == before
