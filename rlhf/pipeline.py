@@ -6,16 +6,17 @@ After Ouyang et al. 2022 (arXiv 2203.02155). Each stage leaves an ordinary Huggi
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.models import load_causal_lm, load_tokenizer
+from rlhf.data import DataError, split_slice
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
-from rlhf.sft import SFTConfig, SFTTrainer
-from rlhf.sources import read_demonstrations, read_preferences, read_prompts, split_slice
+from rlhf.ppo.prompts import read_prompts
+from rlhf.reward import RewardConfig, RewardModel, RewardTrainer, read_pairs
+from rlhf.sft import SFTConfig, SFTTrainer, read_demonstrations
 from rlhf.stages import Stage, StageRunner, fingerprint
 
 # The pipeline gives these to its stages, so that the three of them agree.
@@ -38,8 +39,10 @@ class PipelineConfig:
         preference_data: Compared responses for the reward model.
         prompts: Prompts that PPO answers.
         output_dir: Folder of the run; each stage gets a folder in it.
-        sft_eval_data: Held-out demonstrations; null for none.
-        preference_eval_data: Held-out comparisons; null for none.
+        sft_eval_data: Held-out demonstrations. Null: the share sft.eval_fraction of sft_data is
+            held out (0: none).
+        preference_eval_data: Held-out comparisons. Null: the share reward.eval_fraction of
+            preference_data is held out (0: none).
         template: How conversations are written: auto (the tokenizer's chat template, or else
             instruction), instruction, or none.
         sft: Settings of supervised fine-tuning. Its output_dir and template come from the pipeline.
@@ -93,7 +96,8 @@ class RLHFPipeline:
 
         Raises:
             StageError: A finished stage was made with other settings; they are named.
-            DataError, ModelError, OutputError: Something that was given cannot be used.
+            DataError: Rows of a stage that is not done cannot be used; no stage was run.
+            ModelError, OutputError: Something else that was given cannot be used.
         """
         return self.runner.run()
 
@@ -111,11 +115,11 @@ class RLHFPipeline:
             takes=f"the model {config.model} and demonstrations ({name_of(config.sft_data)})",
             gives="a policy",
             settings={
-                "model": config.model,
-                **data_settings(config, "sft_data", "sft_eval_data"),
+                **source_settings(config, "model", "sft_data", "sft_eval_data"),
                 "sft": self._stage_config(config.sft, "sft"),
             },
             run=self._run_sft,
+            check=lambda: self._check(read_demonstrations, "sft_data", "sft_eval_data"),
         )
 
     def _reward_stage(self) -> Stage:
@@ -126,11 +130,12 @@ class RLHFPipeline:
             takes=f"the policy of sft and comparisons ({name_of(config.preference_data)})",
             gives="a reward model",
             settings={
-                **data_settings(config, "preference_data", "preference_eval_data"),
+                **source_settings(config, "preference_data", "preference_eval_data"),
                 "reward": self._stage_config(config.reward, "reward"),
             },
             run=self._run_reward,
             needs=("sft",),
+            check=lambda: self._check(read_pairs, "preference_data", "preference_eval_data"),
         )
 
     def _ppo_stage(self) -> Stage:
@@ -141,11 +146,12 @@ class RLHFPipeline:
             takes=f"the policy of sft, the reward model and prompts ({name_of(config.prompts)})",
             gives="the trained policy",
             settings={
-                **data_settings(config, "prompts"),
+                **source_settings(config, "prompts"),
                 "ppo": self._stage_config(config.ppo, "ppo"),
             },
             run=self._run_ppo,
             needs=("sft", "reward"),
+            check=lambda: self._check(read_prompts, "prompts"),
         )
 
     def _stage_config(self, config: Any, name: str) -> Any:
@@ -153,26 +159,38 @@ class RLHFPipeline:
             config, output_dir=str(self.folder / name), template=self.config.template
         )
 
+    def _check(self, read: Callable[[Any], object], *fields: str) -> None:
+        """Read the data that the config names in ``fields``, and say in which a mistake is."""
+        for name in fields:
+            data = getattr(self.config, name)
+            if data is None:
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the stage reads again and warns then
+                    read(data)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+
     def _run_sft(self, folder: Path) -> dict[str, Any]:
         config = self.config
         trainer = SFTTrainer(
             self._stage_config(config.sft, "sft"),
-            load_causal_lm(config.model),
-            load_tokenizer(config.model),
-            read_demonstrations(config.sft_data),
-            None if config.sft_eval_data is None else read_demonstrations(config.sft_eval_data),
+            config.model,
+            config.model,
+            config.sft_data,
+            config.sft_eval_data,
         )
         return trainer.train()
 
     def _run_reward(self, folder: Path) -> dict[str, Any]:
         config, policy = self.config, str(self.folder / "sft")
-        held_out = config.preference_eval_data
         trainer = RewardTrainer(
             self._stage_config(config.reward, "reward"),
             policy,
-            load_tokenizer(policy),
-            read_preferences(config.preference_data),
-            None if held_out is None else read_preferences(held_out),
+            policy,
+            config.preference_data,
+            config.preference_eval_data,
         )
         return trainer.train()
 
@@ -180,9 +198,9 @@ class RLHFPipeline:
         policy = str(self.folder / "sft")
         trainer = PPOTrainer(
             self._stage_config(self.config.ppo, "ppo"),
-            load_causal_lm(policy),
-            load_tokenizer(policy),
-            read_prompts(self.config.prompts),
+            policy,
+            policy,
+            self.config.prompts,
             RewardModel.from_pretrained(self.folder / "reward"),
         )
         return trainer.train()
@@ -193,16 +211,16 @@ def name_of(data: Any) -> str:
     return str(data) if isinstance(data, str | Path) else f"{len(data)} rows"
 
 
-def data_settings(config: Any, *fields: str) -> dict[str, Any]:
-    """Each data source's name and a hash of its content, to notice when either changes."""
+def source_settings(config: Any, *fields: str) -> dict[str, Any]:
+    """Each source's name and, where it lies here, a fingerprint of it, to notice a change."""
     settings: dict[str, Any] = {}
     for name in fields:
-        data = getattr(config, name)
-        if data is None:
+        source = getattr(config, name)
+        if source is None:
             settings[name] = None
-        elif isinstance(data, str | Path):
-            settings[name] = str(data)
-            settings[f"{name} content"] = fingerprint(split_slice(str(data))[0])
+        elif isinstance(source, str | Path):
+            settings[name] = str(source)
+            settings[f"{name} content"] = fingerprint(split_slice(str(source))[0])
         else:
-            settings[name] = f"rows {fingerprint(list(data))}"
+            settings[name] = f"rows {fingerprint(list(source))}"
     return settings

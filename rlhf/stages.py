@@ -44,6 +44,8 @@ class Stage:
         settings: Everything that decides the result; JSON values.
         run: Does the work in the folder it is given and returns a JSON summary.
         needs: Names of the stages whose results it uses.
+        check: Raises if what the stage is given cannot be used. Called before the first stage that
+            is not done, so that a long run does not stop at a mistake in its last part.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     settings: Mapping[str, Any]
     run: Callable[[Path], dict[str, Any]]
     needs: tuple[str, ...] = ()
+    check: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -76,9 +79,13 @@ class StageRunner:
         Raises:
             OutputError: The folder cannot be written to.
             StageError: A finished stage has other settings; nothing was run.
+            Exception: What the check of a stage that is not done raises; nothing was run.
         """
         ensure_writable(self.output_dir)
         self.check()
+        for stage in self.stages:
+            if self.marker(stage.name) is None:
+                stage.check()
         for number, stage in enumerate(self.stages, start=1):
             heading = f"[{number}/{len(self.stages)}] {stage.name}: "
             marker = self.marker(stage.name)
@@ -195,12 +202,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def fingerprint(data: Any) -> str:
-    """A short hash of data: a file's content, or of rows given as Python values."""
+    """A short hash, to notice a change: of a file's content; of a folder's file names, sizes and
+    times of change; or of any other text (a hub name, say) and of rows as Python values.
+    """
     digest = hashlib.sha256()
-    if isinstance(data, str | Path) and Path(data).is_file():
-        with Path(data).open("rb") as file:
+    path = Path(data).expanduser() if isinstance(data, str | Path) else None
+    if path is not None and path.is_file():
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+    elif path is not None and path.is_dir():
+        for file_path in sorted(path.rglob("*")):
+            if file_path.is_file():
+                stat = file_path.stat()
+                entry = (file_path.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns)
+                digest.update(json.dumps(entry).encode())
     else:
         digest.update(json.dumps(data, default=str, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 
+from rlhf.data import DataError
 from rlhf.engine import OutputError
 from rlhf.pipeline import PipelineConfig, RLHFPipeline
 from rlhf.ppo import PPOConfig
@@ -129,6 +131,68 @@ def test_changed_content_of_a_data_file_is_noticed(tmp_path: Path) -> None:
     before = fingerprint(str(data))
     data.write_text(json.dumps(DEMONSTRATIONS[1]) + "\n")
     assert fingerprint(str(data)) != before
+
+
+def test_a_change_in_a_home_or_a_folder_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    file = folder / "deep" / "rows.jsonl"
+    seen = set()
+    for content in ("a", "b", "longer"):
+        file.write_text(content)
+        os.utime(file, ns=(len(seen), len(seen)))
+        seen |= {fingerprint("~/data"), fingerprint("~/data/deep/rows.jsonl")}
+        assert fingerprint("~/data") == fingerprint(folder) == fingerprint(str(folder))
+    file.rename(folder / "other.jsonl")
+    seen.add(fingerprint(folder))
+    assert len(seen) == 7
+
+
+def test_another_base_model_in_the_same_folder_is_noticed(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    base = tmp_path / "copy" / "base"
+    config = make_config(finished[0], model=str(base))
+    before = RLHFPipeline(config).runner.stages[0].settings["model content"]
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    assert RLHFPipeline(config).runner.stages[0].settings["model content"] != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompts": [{"prompt": "a"}, {"prompt": ""}]},
+            "prompts: prompts, row 2: prompt is empty",
+        ),
+        ({"prompts": "{folder}/absent.jsonl"}, "prompts: .*absent.jsonl: there is no such file"),
+        (
+            {"preference_eval_data": "{folder}/bad.jsonl[1:]"},
+            "preference_eval_data: .*d.jsonl, row 2",
+        ),
+        ({"preference_data": [{"prompt": "a"}]}, "preference_data: data: the columns are prompt"),
+        ({"sft_eval_data": PAIRS}, "sft_eval_data: data: the columns are"),
+    ],
+)
+def test_data_of_every_stage_is_read_before_the_first_is_run(
+    finished: tuple[Path, list[str]], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    good, bad = json.dumps(PAIRS[0]), json.dumps({**PAIRS[0], "chosen": ""})
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{bad}\n")
+    given = {
+        name: value.format(folder=tmp_path) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    said: list[str] = []
+    config = make_config(finished[0], output_dir=str(tmp_path / "run"), **given)
+    with pytest.raises(DataError, match=message):
+        RLHFPipeline(config, say=said.append).run()
+    assert said == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_describe_says_what_is_done(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
