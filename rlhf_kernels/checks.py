@@ -89,6 +89,22 @@ def targets_in_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Non
         )
 
 
+def temperatures_positive(temperatures: Tensor | None, targets: Tensor, ignore_index: int) -> None:
+    """Raise for the first temperature [N] of a row that counts and is not positive and finite.
+
+    CPU tensors only.
+    """
+    if temperatures is None or temperatures.device.type != "cpu":
+        return
+    unusable = ~((temperatures > 0) & (temperatures < math.inf)) & (targets != ignore_index)
+    if unusable.any():
+        row = int(unusable.nonzero()[0])
+        raise ValueError(
+            f"temperature holds {float(temperatures[row])} at flat row {row}; "
+            "expected positive finite numbers"
+        )
+
+
 def positive(name: str, number: float) -> float:
     # A comparison, which unlike math.isfinite a compiler can trace for numbers that change.
     if not 0.0 < number < math.inf:
@@ -101,13 +117,15 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def split_temperature(temperature: float | Tensor, targets: Tensor) -> tuple[float, Tensor | None]:
-    """A number, and per-row temperatures [N] where they were given as a tensor."""
+def split_temperature(
+    temperature: float | Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[float, Tensor | None]:
+    """A number, and per-row temperatures [N] in `dtype` where they were given as a tensor."""
     if not isinstance(temperature, Tensor):
         return positive("temperature", temperature), None
     like("targets", targets, temperature=temperature)
     floating(temperature=temperature)
-    return 1.0, temperature.detach().reshape(-1).float().contiguous()
+    return 1.0, temperature.detach().reshape(-1).to(dtype).contiguous()
 
 
 def as_normalizer(normalizer: float | Tensor | None, like_tensor: Tensor) -> Tensor | None:

@@ -90,8 +90,9 @@ def linear_token_logprobs(
         checks.shape("bias", bias, (vocabulary,), "one for each row of weight")
     checks.same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
     targets = checks.as_targets(targets)
-    number, per_row = checks.split_temperature(temperature, targets)
     dtype = _product_dtype(hidden, weight, bias)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    number, per_row = checks.split_temperature(temperature, targets, wide)
     if chunk_size is None:
         chunk_size = default_chunk_size(vocabulary, dtype)
     elif chunk_size < 1:

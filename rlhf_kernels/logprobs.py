@@ -49,7 +49,8 @@ def token_logprobs(
         logits: [..., V], float32, bfloat16, float16, or float64 (reference backend).
         targets: [...], integers in [0, V) or ignore_index. On a CPU anything else raises; on a
             GPU the row's result is undefined.
-        temperature: a positive number, or a tensor of the targets' shape (no gradient).
+        temperature: a positive number, or a tensor of the targets' shape (no gradient): on a CPU
+            what is not positive raises, except in ignored rows.
         return_entropy: also return the entropy of each row's distribution.
         ignore_index: rows with this target give 0, and a gradient of 0, whatever their logits.
         backend: see `rlhf_kernels.backends`.
@@ -68,7 +69,7 @@ def token_logprobs(
     checks.shape("targets", targets, logits.shape[:-1], "the shape of logits without the last")
     checks.same_device("logits", logits, targets=targets)
     targets = checks.as_targets(targets)
-    number, per_row = checks.split_temperature(temperature, targets)
+    number, per_row = checks.split_temperature(temperature, targets, checks.compute_dtype(logits))
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

@@ -8,11 +8,9 @@ from torch import Tensor
 from rlhf_kernels import checks
 from rlhf_kernels.linear import linear_token_logprobs
 from rlhf_kernels.ops.ppo_loss import ppo_loss as _ppo_loss
-from rlhf_kernels.ppo_types import NUM_STATS, PPO_STATS, PPOLossConfig, PPOLossStats
+from rlhf_kernels.ppo_types import PPOLossConfig, PPOLossStats
 
 __all__ = [
-    "NUM_STATS",
-    "PPO_STATS",
     "PPOLossConfig",
     "PPOLossStats",
     "linear_ppo_loss",

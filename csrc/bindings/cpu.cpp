@@ -81,7 +81,7 @@ int64_t first_bad_target(const int64_t* targets, const RowsIn& logits, int64_t i
 int64_t token_logprobs_forward(uintptr_t logits, int type, int64_t rows, int64_t columns,
                                int64_t row_stride, uintptr_t targets, uintptr_t temperatures,
                                float temperature, int64_t ignore_index, uintptr_t logprobs,
-                               uintptr_t entropy, uintptr_t lse, int threads) {
+                               uintptr_t entropy, uintptr_t normalization, int threads) {
   const TokenLogprobsForward args = {
       rows_in(logits, type, rows, columns, row_stride),
       pointer<const int64_t>(targets),
@@ -89,7 +89,7 @@ int64_t token_logprobs_forward(uintptr_t logits, int type, int64_t rows, int64_t
       ignore_index,
       pointer<float>(logprobs),
       pointer<float>(entropy),
-      pointer<float>(lse),
+      pointer<float>(normalization),
       threads,
   };
   const int64_t bad = first_bad_target(args.targets, args.logits, ignore_index);
@@ -99,7 +99,7 @@ int64_t token_logprobs_forward(uintptr_t logits, int type, int64_t rows, int64_t
 
 int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_t columns,
                                 int64_t row_stride, uintptr_t targets, uintptr_t temperatures,
-                                float temperature, int64_t ignore_index, uintptr_t lse,
+                                float temperature, int64_t ignore_index, uintptr_t normalization,
                                 uintptr_t entropy, uintptr_t grad_logprobs, uintptr_t grad_entropy,
                                 uintptr_t grad, int64_t grad_row_stride, bool grad_is_fresh,
                                 int threads) {
@@ -108,7 +108,7 @@ int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_
       pointer<const int64_t>(targets),
       {pointer<const float>(temperatures), temperature},
       ignore_index,
-      pointer<const float>(lse),
+      pointer<const float>(normalization),
       pointer<const float>(entropy),
       pointer<const float>(grad_logprobs),
       pointer<const float>(grad_entropy),

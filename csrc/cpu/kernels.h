@@ -28,7 +28,7 @@ struct TokenLogprobsForward {
   int64_t ignore_index;
   float* logprobs;
   float* entropy;  // or null
-  float* lse;
+  float* normalization;  // [rows, 2]: max, and log of the sum of e^{(x - max)/tau}
   int threads;
 };
 
@@ -37,7 +37,7 @@ struct TokenLogprobsBackward {
   const int64_t* targets;
   Temperature temperature;
   int64_t ignore_index;
-  const float* lse;
+  const float* normalization;  // as the forward left it
   const float* entropy;        // or null
   const float* grad_logprobs;  // [rows]
   const float* grad_entropy;   // or null
@@ -52,7 +52,7 @@ struct Series {  // float32 [rows, columns], columns contiguous
   int64_t row_stride;
 };
 
-struct Mask {  // one byte an element: 0 or 1
+struct Mask {  // one byte an element: 0 where it is masked
   const uint8_t* data;
   int64_t row_stride;
 };

@@ -38,6 +38,12 @@ constexpr int kShort = 16;
 
 enum Count { kClipped, kValueClipped, kDualClipped, kNumCounts };
 
+// The larger of the two, or NaN once either is: a NaN must not be hidden by a maximum.
+template <class F>
+RK_FORMULA F larger_or_nan(F a, F b) {
+  return (b > a) | (b != b) ? b : a;
+}
+
 // A chunk's scratch: the sums, the counts, the largest ratio.
 constexpr int kFirstCount = kNumSums;
 constexpr int kRatioMax = kNumSums + kNumCounts;
@@ -56,6 +62,12 @@ struct MaskSummary {
   float some_return;  // the first valid one
 };
 
+// 1 in each byte that is not 0: a mask that was viewed as bool may hold any byte.
+uint64_t ones_where_set(uint64_t bytes) {
+  const uint64_t low = 0x7f7f7f7f7f7f7f7f;
+  return ((((bytes & low) + low) | bytes) >> 7) & 0x0101010101010101;
+}
+
 int64_t count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
   int64_t i = 0;
@@ -63,11 +75,11 @@ int64_t count_valid(const uint8_t* mask, int64_t n) {
     // Eight counts side by side in the bytes of a word, for as long as none can overflow.
     const int64_t words = (n - i) / 8 < 255 ? (n - i) / 8 : 255;
     uint64_t sums = 0;
-    for (int64_t w = 0; w < words; ++w) sums += load_as<uint64_t>(mask + i + 8 * w);
+    for (int64_t w = 0; w < words; ++w) sums += ones_where_set(load_as<uint64_t>(mask + i + 8 * w));
     for (; sums; sums >>= 8) count += int64_t(sums & 255);
     i += 8 * words;
   }
-  for (; i < n; ++i) count += mask[i];
+  for (; i < n; ++i) count += mask[i] != 0;
   return count;
 }
 
@@ -165,7 +177,7 @@ RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints va
   lanes.counts[kDualClipped] += term.dual_clipped;
   const Floats valid_ratio = valid ? ratio : Floats{};
   lanes.short_sums[kRatio] += valid_ratio;
-  lanes.ratio_max = valid_ratio > lanes.ratio_max ? valid_ratio : lanes.ratio_max;
+  lanes.ratio_max = larger_or_nan(lanes.ratio_max, valid_ratio);
 }
 
 template <class Access>
@@ -243,12 +255,15 @@ void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClippin
   for (int c = 0; c < kNumCounts; ++c) {
     out[kFirstCount + c] = -sum_of_lanes(__builtin_convertvector(lanes.counts[c], Doubles));
   }
-  out[kRatioMax] = largest_lane(lanes.ratio_max);
+  float ratio_max = lanes.ratio_max[0];
+  for (int i = 1; i < kLanes; ++i) ratio_max = larger_or_nan(ratio_max, float(lanes.ratio_max[i]));
+  out[kRatioMax] = ratio_max;
 }
 
 double variance(double sum, double sum_squared, double n) {
   const double mean = sum / n;
-  return sum_squared / n - mean * mean;
+  const double difference = sum_squared / n - mean * mean;
+  return difference < 0 ? 0.0 : difference;  // which rounding can make it; NaN stays
 }
 
 void write_results(const PpoLoss& args, const MaskSummary& summary, const double* total) {
@@ -270,7 +285,7 @@ void write_results(const PpoLoss& args, const MaskSummary& summary, const double
       counts[kDualClipped] / n,
       sums[kRatio] / n,
       total[kRatioMax],
-      args.values.data && spread > 0 ? 1.0 - unexplained / spread : 0.0,
+      args.values.data && spread != 0 ? 1.0 - unexplained / spread : 0.0,
   };
   for (int s = 0; s < int(sizeof(stats) / sizeof(*stats)); ++s) args.stats[s] = float(stats[s]);
 }
@@ -290,7 +305,7 @@ void ppo_loss(const PpoLoss& args) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const double* part = args.scratch + chunk * kPpoScratch;
     for (int s = 0; s < kRatioMax; ++s) total[s] += part[s];
-    total[kRatioMax] = part[kRatioMax] > total[kRatioMax] ? part[kRatioMax] : total[kRatioMax];
+    total[kRatioMax] = larger_or_nan(total[kRatioMax], part[kRatioMax]);
   }
   write_results(args, summary, total);
 }

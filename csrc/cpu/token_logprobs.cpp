@@ -84,7 +84,7 @@ RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) 
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     const float highest = block_max<Type>(x + start, count);
     if (highest > max) {
-      if (max != -INFINITY) refer_to_higher_max(total, double(highest - max) * inverse_tau);
+      if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
       max = highest;
     }
     // While every logit is -inf, 0 stands for the maximum: each term is 0, and NaN stays NaN.
@@ -109,25 +109,26 @@ template <class Type>
 void forward_row(const TokenLogprobsForward& args, int64_t row) {
   const int64_t target = args.targets[row];
   if (target == args.ignore_index) {
-    args.logprobs[row] = args.lse[row] = 0.0f;
+    args.logprobs[row] = args.normalization[2 * row] = args.normalization[2 * row + 1] = 0.0f;
     if (args.entropy) args.entropy[row] = 0.0f;
     return;
   }
-  const float tau = temperature_of(args.temperature, row);
-  const float inverse_tau = 1.0f / tau;
+  const float inverse_tau = 1.0f / temperature_of(args.temperature, row);
   const auto* x = static_cast<const typename Type::Element*>(args.logits.data) +
                   row * args.logits.row_stride;
   const RowSums sums = args.entropy ? row_sums<Type, true>(x, args.logits.columns, inverse_tau)
                                     : row_sums<Type, false>(x, args.logits.columns, inverse_tau);
   const float log_sum = float(log(sums.sum));
   args.logprobs[row] = logprob((element<Type>(x + target) - sums.max) * inverse_tau, log_sum);
-  args.lse[row] = sums.max / tau + log_sum;
+  args.normalization[2 * row] = sums.max;
+  args.normalization[2 * row + 1] = log_sum;
   if (args.entropy) args.entropy[row] = entropy(log_sum, float(sums.sum), float(sums.weighted));
 }
 
 struct RowGradient {
   float inverse_tau;
-  float lse;
+  float max;
+  float log_sum;
   float entropy;
   float g;
   float h;
@@ -135,7 +136,7 @@ struct RowGradient {
 
 template <bool kEntropy>
 RK_FORMULA Floats gradient(Floats x, const RowGradient& row) {
-  const Floats logp = x * row.inverse_tau - row.lse;
+  const Floats logp = logprob((x - row.max) * row.inverse_tau, row.log_sum);
   const Floats p = exp_nonpositive(logp);
   if (!kEntropy) return p * -(row.g * row.inverse_tau);
   const Floats grad = logit_gradient(p, logp, row.g, row.h, row.entropy, row.inverse_tau);
@@ -171,9 +172,11 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   }
   const float inverse_tau = 1.0f / temperature_of(args.temperature, row);
   const float entropy = args.entropy ? args.entropy[row] : 0.0f;
-  const RowGradient gradient = {inverse_tau, args.lse[row], entropy, g, h};
+  const float max = args.normalization[2 * row];
+  const float log_sum = args.normalization[2 * row + 1];
+  const RowGradient gradient = {inverse_tau, max, log_sum, entropy, g, h};
   // Read before the row is overwritten, which it is where the gradient takes the logits' place.
-  const float logp = element<Type>(x + target) * inverse_tau - args.lse[row];
+  const float logp = logprob((element<Type>(x + target) - max) * inverse_tau, log_sum);
   if (args.grad_entropy) {
     gradient_row<Type, true>(x, out, n, gradient);
   } else {

@@ -24,8 +24,12 @@ RK_FORMULA void refer_to_higher_max(SoftmaxSums<F>& sums, Scalar drop) {
   sums.sum = sums.sum * factor;
 }
 
-// The log-probability of the element with d = (x - max)/tau: exact where x is the maximum.
-RK_FORMULA float logprob(float d, float log_sum) { return d - log_sum; }
+// The log-probability of the element with d = (x - max)/tau. Its error is that of d and of the
+// logarithm alone, however large x and max are; the backward keeps both apart for that reason.
+template <class F>
+RK_FORMULA F logprob(F d, float log_sum) {
+  return d - log_sum;
+}
 
 RK_FORMULA float entropy(float log_sum, float sum, float weighted) {
   return log_sum - weighted / sum;

@@ -56,13 +56,17 @@ RK_FORMULA auto value_term(F value, F old_value, F ret, const PpoClipping& clip)
   const F range = zero + clip.value_clip_range;
   const F step = value - old_value;
   const F error = value - ret;
-  const F bounded_error = old_value + (step < zero ? -range : range) - ret;
+  F bounded_step = step > range ? range : step;
+  bounded_step = bounded_step < -range ? -range : bounded_step;
+  const F bounded_error = old_value + bounded_step - ret;
   // Inside the range both errors are one; it takes no part there, so rounding cannot break the tie.
-  const auto outside = (step > range) | (step < -range);
-  const auto clipped = outside & (bounded_error * bounded_error > error * error);
+  // Where a NaN comes in, the old value's too, the bounded error is NaN and is chosen.
+  const F squared = bounded_error * bounded_error;
+  const auto outside = (step > range) | (step < -range) | (step != step);
+  const auto clipped = outside & ((squared > error * error) | (squared != squared));
   const F chosen = clipped ? bounded_error : error;
-  return ValueTerm<F, decltype(step > range)>{chosen * chosen * 0.5f, clipped ? zero : error,
-                                              clipped};
+  return ValueTerm<F, decltype(step > range)>{chosen * chosen * 0.5f,
+                                              clipped ? bounded_error * 0.0f : error, clipped};
 }
 
 // e^d - 1 - d, which is the k3 estimate of KL(old || new) with d = logprob - old logprob. The plain

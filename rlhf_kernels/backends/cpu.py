@@ -72,15 +72,16 @@ def token_logprobs_forward(
     ignore_index: int,
     need_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities [N], entropies [N] (or None) and log-sum-exps [N] of the rows of [N, V].
+    """Log-probabilities [N], entropies [N] (or None) and normalization [N, 2] of the rows of [N, V].
 
-    The log-sum-exp of an ignored row is 0.
+    The normalization of an ignored row is 0.
     """
+    logits = _unit_columns(logits)
     rows, columns = logits.shape
     targets = targets.contiguous()
     per_row, number = _temperature(temperature)
     logprobs = torch.empty(rows, dtype=torch.float32)
-    lse = torch.empty(rows, dtype=torch.float32)
+    normalization = torch.empty(rows, 2, dtype=torch.float32)
     entropy = torch.empty(rows, dtype=torch.float32) if need_entropy else None
     bad = _cpu.token_logprobs_forward(
         logits.data_ptr(),
@@ -94,12 +95,12 @@ def token_logprobs_forward(
         ignore_index,
         logprobs.data_ptr(),
         _address(entropy),
-        lse.data_ptr(),
+        normalization.data_ptr(),
         torch.get_num_threads(),
     )
     if bad >= 0:
         checks.targets_in_range(targets, columns, ignore_index)
-    return logprobs, entropy, lse
+    return logprobs, entropy, normalization
 
 
 def token_logprobs_backward(
@@ -109,18 +110,21 @@ def token_logprobs_backward(
     targets: Tensor,
     temperature: float | Tensor,
     ignore_index: int,
-    lse: Tensor,
+    normalization: Tensor,
     entropy: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
+    if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"out has strides {out.stride()}; expected columns side by side")
+    logits = _unit_columns(logits)
     rows, columns = logits.shape
     targets = targets.contiguous()
     per_row, number = _temperature(temperature)
     grad_logprobs = _vector(grad_logprobs)
     grad_entropy = None if grad_entropy is None else _vector(grad_entropy)
     entropy = None if entropy is None else _vector(entropy)
-    lse = _vector(lse)
+    normalization = _vector(normalization)
     fresh = False
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype)
@@ -135,7 +139,7 @@ def token_logprobs_backward(
         _address(per_row),
         number,
         ignore_index,
-        lse.data_ptr(),
+        normalization.data_ptr(),
         _address(entropy),
         grad_logprobs.data_ptr(),
         _address(grad_entropy),

@@ -39,13 +39,16 @@ def token_logprobs_forward(
     ignore_index: int,
     need_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities [N], entropies [N] (or None) and log-sum-exps [N] of the rows of [N, V]."""
+    """Log-probabilities [N], entropies [N] (or None) and normalization [N, 2] of the rows of [N, V].
+
+    The normalization is what the backward needs to find log-probabilities again: the largest logit,
+    and the logarithm of the sum of exp((z - max)/τ). Their sum, the log-sum-exp, would lose digits
+    where logits are large.
+    """
     checks.targets_in_range(targets, logits.shape[1], ignore_index)
     ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
-    scaled = _scaled(logits, temperature)
-    # Everything is taken relative to the row's maximum, which keeps digits for large logits.
-    maximum = scaled.amax(dim=-1)
-    shifted = scaled.sub_(maximum[:, None])
+    maximum = _wide(logits).amax(dim=-1)
+    shifted = _shifted(logits, maximum, temperature)
     exponentials = shifted.exp()
     normalizer = exponentials.sum(dim=-1)
     log_normalizer = normalizer.log()
@@ -56,7 +59,7 @@ def token_logprobs_forward(
         # 0 · (−inf) counts as 0; a NaN probability stays NaN.
         weighted = torch.where(exponentials == 0, 0.0, exponentials * shifted)
         entropy = torch.where(ignored, 0.0, log_normalizer - weighted.sum(dim=-1) / normalizer)
-    return logprobs, entropy, maximum + log_normalizer
+    return logprobs, entropy, torch.stack([maximum, log_normalizer], dim=1)
 
 
 def token_logprobs_backward(
@@ -66,13 +69,14 @@ def token_logprobs_backward(
     targets: Tensor,
     temperature: float | Tensor,
     ignore_index: int,
-    lse: Tensor,
+    normalization: Tensor,
     entropy: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
     ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
-    logp = _scaled(logits, temperature).sub_(lse[:, None])
+    maximum, log_normalizer = normalization.unbind(dim=1)
+    logp = _shifted(logits, maximum, temperature).sub_(log_normalizer[:, None])
     probabilities = logp.exp()
     upstream = grad_logprobs.to(logp.dtype)[:, None]
     grad = -upstream * probabilities
@@ -225,10 +229,14 @@ def _all_reduce(tensor: Tensor, group: object | None) -> None:
         dist.all_reduce(tensor, group=group)  # type: ignore[arg-type]
 
 
-def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """A new tensor of logits / temperature, in float32 or float64."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _shifted(logits: Tensor, maximum: Tensor, temperature: float | Tensor) -> Tensor:
+    """A new tensor of (logits - maximum) / temperature, which keeps the digits of large logits."""
+    shifted = _wide(logits) - maximum[:, None]
+    return shifted.div_(temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
 
 def _split_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -289,10 +297,11 @@ def _value_terms(
     bounded_error = old_values + step.clamp(-config.value_clip_range, config.value_clip_range)
     bounded_error = bounded_error - returns
     # Inside the range both errors are one; rounding in old + step must not make it a tie-break.
-    outside = step.abs() > config.value_clip_range
-    clipped = outside & (bounded_error.square() > error.square())
+    # Negated, so that a NaN (the old value's too) chooses the bounded error, which is NaN then.
+    outside = ~(step.abs() <= config.value_clip_range)
+    clipped = outside & ~(bounded_error.square() <= error.square())
     value = 0.5 * torch.where(clipped, bounded_error, error).square()
-    return value, torch.where(clipped, 0.0, error), clipped
+    return value, torch.where(clipped, 0.0 * bounded_error, error), clipped
 
 
 def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor, count: Tensor) -> Tensor:

@@ -37,12 +37,24 @@ def define(
         eager = _autograd_function(name, forward, setup_context, backward).apply
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
-        # Fake and other wrapped tensors need the dispatcher as much as the compiler does.
-        if torch.compiler.is_compiling() or type(first) not in _PLAIN:
+        if type(first) not in _PLAIN or _observed():
             return operator(first, *rest)
         return eager(first, *rest)
 
     return call
+
+
+def _observed() -> bool:
+    """Whether someone must see the operator: a compiler, a tracer, a mode, a function transform.
+
+    They stand in the dispatcher, or put tensors without an address in the place of real ones.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _autograd_function(

@@ -97,6 +97,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Here, since the row kernels know chunks and would name a chunk's row.
     checks.targets_in_range(targets, weight.shape[0], ignore_index)
+    checks.temperatures_positive(temperatures, targets, ignore_index)
     with torch.no_grad(), _no_autocast(hidden):
         rows = _Rows(
             hidden,
@@ -112,7 +113,7 @@ def _forward(
         chosen = backends.choose("token_logprobs_forward", rows.weight, backend)
         logprobs = hidden.new_zeros(hidden.shape[0], dtype=_wide(dtype))
         entropy = torch.zeros_like(logprobs) if need_entropy else logprobs.new_empty(0)
-        lse = torch.zeros_like(logprobs)
+        normalization = logprobs.new_zeros(hidden.shape[0], 2)
         for chunk, _, logits in rows.chunks():
             picked = rows.pick(targets, chunk)
             part = chosen.token_logprobs_forward(
@@ -121,8 +122,8 @@ def _forward(
             rows.put(logprobs, chunk, part[0])
             if need_entropy:
                 rows.put(entropy, chunk, part[1])
-            rows.put(lse, chunk, part[2])
-    return logprobs, entropy, lse
+            rows.put(normalization, chunk, part[2])
+    return logprobs, entropy, normalization
 
 
 def _forward_fake(
@@ -138,8 +139,10 @@ def _forward_fake(
     chunk_size: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = hidden.new_empty(hidden.shape[0], dtype=_wide(dtype))
-    return torch.empty_like(lse), lse.new_empty(lse.shape if need_entropy else 0), lse
+    rows = hidden.shape[0]
+    normalization = hidden.new_empty(rows, 2, dtype=_wide(dtype))
+    entropy = normalization.new_empty(rows if need_entropy else 0)
+    return normalization.new_empty(rows), entropy, normalization
 
 
 def _backward(
@@ -152,7 +155,7 @@ def _backward(
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
-    lse: Tensor,
+    normalization: Tensor,
     entropy: Tensor | None,
     dtype: torch.dtype,
     chunk_size: int,
@@ -185,7 +188,7 @@ def _backward(
                 rows.pick(targets, chunk),
                 rows.tau(chunk),
                 ignore_index,
-                rows.pick(lse, chunk),
+                rows.pick(normalization, chunk),
                 None if entropy is None else rows.pick(entropy, chunk),
                 out=logits,
             )
@@ -209,7 +212,7 @@ def _backward_fake(
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
-    lse: Tensor,
+    normalization: Tensor,
     entropy: Tensor | None,
     dtype: torch.dtype,
     chunk_size: int,
@@ -226,22 +229,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, targets, temperature, temperatures, ignore_index, need_entropy = inputs[
         :8
     ]
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(*((lse,) if need_entropy else (entropy, lse)))
+    _, entropy, normalization = output
+    constant = (normalization,) if need_entropy else (entropy, normalization)
+    ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, temperatures, entropy, lse)
+    ctx.save_for_backward(hidden, weight, bias, targets, temperatures, entropy, normalization)
     ctx.options = (temperature, ignore_index, need_entropy, *inputs[8:])
 
 
 def _autograd_backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, targets, temperatures, entropy, lse = ctx.saved_tensors
+    hidden, weight, bias, targets, temperatures, entropy, normalization = ctx.saved_tensors
     temperature, ignore_index, need_entropy, dtype, chunk_size, backend = ctx.options
     if grad_logprobs is None:
         if grad_entropy is None:
             return (None,) * 11
-        grad_logprobs = torch.zeros_like(lse)
+        grad_logprobs = normalization.new_zeros(targets.shape)
     if not need_entropy or grad_entropy is None:
         grad_entropy = entropy = None
     needed = [ctx.needs_input_grad[i] for i in range(3)]
@@ -255,7 +259,7 @@ def _autograd_backward(
         temperature,
         temperatures,
         ignore_index,
-        lse,
+        normalization,
         entropy,
         dtype,
         chunk_size,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import backends
+from rlhf_kernels import backends, checks
 from rlhf_kernels.ops import define
 
 
@@ -21,12 +21,15 @@ def _forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = backends.choose("token_logprobs_forward", logits, backend)
+    checks.temperatures_positive(temperatures, targets, ignore_index)
     tau = temperature if temperatures is None else temperatures
-    logprobs, entropy, lse = chosen.token_logprobs_forward(
+    logprobs, entropy, normalization = chosen.token_logprobs_forward(
         logits, targets, tau, ignore_index, need_entropy
     )
     # An operator returns tensors, so "none" is an empty one.
-    return logprobs, lse.new_empty(0) if entropy is None else entropy, lse
+    if entropy is None:
+        entropy = normalization.new_empty(0)
+    return logprobs, entropy, normalization
 
 
 def _forward_fake(
@@ -40,8 +43,9 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    lse = logits.new_empty(rows, dtype=dtype)
-    return torch.empty_like(lse), lse.new_empty(rows if need_entropy else 0), lse
+    normalization = logits.new_empty(rows, 2, dtype=dtype)
+    entropy = normalization.new_empty(rows if need_entropy else 0)
+    return normalization.new_empty(rows), entropy, normalization
 
 
 def _backward(
@@ -52,14 +56,14 @@ def _backward(
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
-    lse: Tensor,
+    normalization: Tensor,
     entropy: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     chosen = backends.choose("token_logprobs_backward", logits, backend)
     tau = temperature if temperatures is None else temperatures
     return chosen.token_logprobs_backward(
-        grad_logprobs, grad_entropy, logits, targets, tau, ignore_index, lse, entropy
+        grad_logprobs, grad_entropy, logits, targets, tau, ignore_index, normalization, entropy
     )
 
 
@@ -69,22 +73,23 @@ def _backward_fake(logits: Tensor, *others: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, temperature, temperatures, ignore_index, need_entropy, backend = inputs
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(*((lse,) if need_entropy else (entropy, lse)))
+    _, entropy, normalization = output
+    constant = (normalization,) if need_entropy else (entropy, normalization)
+    ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, temperatures, entropy, lse)
+    ctx.save_for_backward(logits, targets, temperatures, entropy, normalization)
     ctx.options = (temperature, ignore_index, need_entropy, backend)
 
 
 def _autograd_backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, targets, temperatures, entropy, lse = ctx.saved_tensors
+    logits, targets, temperatures, entropy, normalization = ctx.saved_tensors
     temperature, ignore_index, need_entropy, backend = ctx.options
     if grad_logprobs is None:
         if grad_entropy is None:
             return (None,) * 7
-        grad_logprobs = torch.zeros_like(lse)
+        grad_logprobs = normalization.new_zeros(targets.shape)
     if not need_entropy or grad_entropy is None:
         grad_entropy = entropy = None
     grad = token_logprobs_backward(
@@ -95,7 +100,7 @@ def _autograd_backward(
         temperature,
         temperatures,
         ignore_index,
-        lse,
+        normalization,
         entropy,
         backend,
     )

@@ -45,6 +45,46 @@ def row_tolerance(logits: Tensor, temperature: float | Tensor = 1.0) -> float:
     return EPS * (4 * size + math.sqrt(logits.shape[-1]) + 16)
 
 
+def gradient_tolerance(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    grad_logprobs: Tensor | np.ndarray,
+    grad_entropy: Tensor | np.ndarray | None = None,
+    logit_error: float = 0.0,
+) -> Tensor:
+    """Absolute error allowed in each element of the gradient of the logits [N, V], in float32.
+
+    With d_j = (z_j - max)/tau, log p_j = d_j - log Σ e^d. Difference, quotient (by an inverse) and
+    the last subtraction round d_j four times at most; exp and log are good to a few ulp, and the
+    sum of V positive terms by 4 running sums or more rounds like sqrt(V/4). The entropy's sum
+    weighs these by |d|. All that, `error`, is a relative error of p_j and an absolute one of log p_j
+    and H, so p_j·(g + h·(log p_j + H))/tau is off by `error` times p_j·(|g| + |h|·(|log p_j + H| + 2)).
+    A few more roundings at the result's size, and p_j below the smallest normal float is 0.
+    `logit_error` is how far the logits themselves may be off, which moves z_j and the sum.
+    """
+    z = logits.detach().double()
+    tau = temperature if not isinstance(temperature, Tensor) else temperature.double()[:, None]
+    g = torch.as_tensor(grad_logprobs).double().abs()[:, None]
+    h = torch.zeros_like(g) if grad_entropy is None else torch.as_tensor(grad_entropy).double()
+    h = h.abs().reshape(-1, 1)
+    logp = (z / tau).log_softmax(-1)
+    p = logp.exp()
+    d = torch.where(p > 0, (z - z.amax(-1, keepdim=True)) / tau, 0.0).abs()
+    logp = torch.where(p > 0, logp, 0.0)
+    weighted = (p * d).sum(-1, keepdim=True)
+    entropy = -(p * logp).sum(-1, keepdim=True)
+    sums = (math.sqrt(z.shape[-1]) / 2 + 8) * (1 + weighted)
+    error = EPS * (4 * d + 4 * weighted + sums) + 2 * logit_error / tau
+    slope = (logp + entropy).abs()
+    target = torch.zeros_like(p)
+    target.scatter_(1, torch.where(targets == -100, 0, targets)[:, None], 1.0)
+    size = p * (g + h * slope) + g * (target - p).abs()
+    underflow = torch.finfo(torch.float32).smallest_normal * (1 + (g + h * (slope + 2)) / tau)
+    bound = error * p * (g + h * (slope + 2)) / tau + 4 * EPS * size / tau + underflow
+    return torch.where((targets == -100)[:, None], 0.0, bound)
+
+
 def close(
     actual: Tensor, expected: Tensor | np.ndarray | float, atol: float, rtol: float = 0.0
 ) -> None:
@@ -57,6 +97,18 @@ def close(
         rtol=rtol,
         equal_nan=True,
     )
+
+
+def within(actual: Tensor, expected: Tensor | np.ndarray, bound: Tensor) -> None:
+    """Each element within its own bound; storing in a 16-bit type rounds once on top."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    if actual.dtype in (torch.bfloat16, torch.float16):
+        info = torch.finfo(actual.dtype)
+        # Half an eps of what was computed, or half the smallest subnormal.
+        bound = bound + info.eps / 2 * (expected.abs() + bound) + info.smallest_normal * info.eps
+    error = (actual.detach().double() - expected).abs()
+    worst = (error / bound.clamp(min=1e-300)).nan_to_num(nan=math.inf)
+    assert (error <= bound).all(), f"an element is off by {float(worst.max()):.3g} times its bound"
 
 
 def random_mask(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ MASK = torch.ones(2, 3, dtype=torch.bool)
 LOGITS = normal(2, 3, 7, seed=2)
 TARGETS = torch.zeros(2, 3, dtype=torch.long)
 HIDDEN, WEIGHT = normal(2, 3, 4, seed=3), normal(7, 4, seed=4)
+BAD_TEMPERATURES = torch.tensor([[1.0, 2.0, 3.0], [1.0, -1.0, 0.0]])
 PPO = {name: ppo_inputs(2, 3)[name] for name in ("logprobs", "old_logprobs", "advantages")}
 VALUES = {name: ppo_inputs(2, 3)[name] for name in ("values", "old_values", "returns")}
 
@@ -61,6 +62,11 @@ VALUE_ERRORS = {
     "temperature is -1": lambda: logprobs(temperature=-1),
     "temperature is nan": lambda: logprobs(temperature=float("nan")),
     "temperature has shape (3,); expected (2, 3)": lambda: logprobs(temperature=X[0].abs()),
+    "temperature holds -1.0 at flat row 4": lambda: logprobs(temperature=BAD_TEMPERATURES),
+    "temperature holds 0.0 at flat row 0": lambda: linear(temperature=0 * X),
+    "temperature holds nan at flat row 5": lambda: logprobs(
+        temperature=torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, float("nan")]])
+    ),
     "targets holds 7 at flat row 4": lambda: logprobs(targets=torch.tensor([[0, 1, 2], [3, 7, 9]])),
     "targets holds 7 at flat row 5": lambda: linear(
         targets=torch.tensor([[0, -100, 2], [3, -100, 7]]), chunk_size=2
@@ -147,6 +153,10 @@ def test_the_same_calls_without_the_mistake_work():
     """Guards the tests above: what they call is right but for the one change."""
     for call in (logprobs, linear, cross_entropy, gae, rollout, ppo, linear_ppo, shaped):
         call()
+    # What stands in ignored rows plays no part.
+    ignored = torch.where(BAD_TEMPERATURES > 0, TARGETS, -100)
+    logprobs(targets=ignored, temperature=BAD_TEMPERATURES)
+    linear(targets=ignored, temperature=BAD_TEMPERATURES)
     ppo(**VALUES)
     ppo(values=X, returns=X, config=PPOLossConfig(value_clip_range=None))
     kernels.kl_penalty(X, X)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import runpy
-import subprocess
 import sys
 
 import pytest
 import torch
 from kernel_cases import normal, random_mask
 
+import rlhf_kernels as kernels
 from rlhf_kernels import (
     BackendUnavailableError,
     UnsupportedOperationError,
@@ -139,6 +140,8 @@ def test_cpu_by_environment_serves_what_is_built_on_it(monkeypatch):
 
 
 def test_info_names_every_operation_and_backend():
+    public = {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))}
+    assert {name.split()[0] for name in info.OPERATIONS} == public
     text = info.report()
     for word in (*info.OPERATIONS, *backends.BACKENDS, "cpu:", torch.__version__):
         assert word in text
@@ -151,28 +154,6 @@ def test_info_runs_as_a_module_and_reports_a_forced_backend(monkeypatch, capsys)
     output = capsys.readouterr().out
     assert "RLHF_KERNELS_BACKEND=cudnn is set" in output
     assert "does not exist" in output
-
-
-def test_import_is_cheap_and_pulls_in_nothing_else():
-    """At most 50 ms beyond torch's own import, and no library that may be absent or slow."""
-    code = (
-        "import sys, time, torch; before = set(sys.modules); start = time.process_time();"
-        "import rlhf_kernels; print(time.process_time() - start);"
-        "print(*(set(sys.modules) - before))"
-    )
-    command = [sys.executable, "-c", code]
-    seconds = 1.0
-    # The processor's own time, and a second try: a busy machine must not fail this test.
-    for _ in range(2):
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        first, modules = result.stdout.splitlines()
-        roots = {name.split(".")[0] for name in modules.split()}
-        assert not roots & {"triton", "transformers", "numpy", "rlhf"}
-        assert "torch._dynamo" not in modules.split()
-        seconds = min(seconds, float(first))
-        if seconds < 0.050:
-            break
-    assert seconds < 0.050
 
 
 def test_package_holds_the_public_names_and_nothing_else():

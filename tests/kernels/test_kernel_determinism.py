@@ -11,15 +11,15 @@ import rlhf_kernels as kernels
 
 def results(backend: str) -> list[torch.Tensor]:
     """Every output and gradient of cases long enough to be divided among threads."""
-    # 300 rows: several for each thread. 130 × 300 tokens: about ten of the blocks (4096 tokens)
-    # in which sums are taken.
+    # 300 rows: several for each thread. 131 × 1000 tokens: 32 of the blocks (4096 tokens) in which
+    # sums are taken, and beyond the 100,000 from which on gae divides its rows.
     logits = normal(300, 333, seed=1).requires_grad_()
     targets = torch.arange(300) % 333
     logprobs, entropy = kernels.token_logprobs(
         logits, targets, return_entropy=True, backend=backend
     )
     (grad,) = torch.autograd.grad((logprobs * entropy).sum(), logits)
-    inputs, mask = ppo_inputs(130, 300), random_mask(130, 300)
+    inputs, mask = ppo_inputs(131, 1000), random_mask(131, 1000)
     advantages, returns = kernels.gae(inputs["returns"], inputs["values"], mask, backend=backend)
     leaves = [inputs[n].requires_grad_() for n in ("logprobs", "values", "entropy")]
     loss, stats = kernels.ppo_loss(mask=mask, **inputs, backend=backend)

@@ -14,10 +14,12 @@ from kernel_cases import (
     ROW_PRIMITIVES,
     backends_for,
     close,
+    gradient_tolerance,
     normal,
     ppo_inputs,
     random_mask,
     row_tolerance,
+    within,
 )
 
 from rlhf_kernels import (
@@ -54,6 +56,30 @@ def expected_gradients(hidden, weight, bias, targets, tau, g, h):
     )
 
 
+def product_error(hidden, weight):
+    """How far float32 products may be off: a rounding for each term, at the size of the terms."""
+    sizes = (hidden.abs() @ weight.abs().T).detach()
+    return hidden.shape[1] * EPS * max(sizes.flatten().tolist(), default=0.0)
+
+
+def gradient_tolerances(hidden, weight, bias, targets, tau, g, h=None, relative=0.0):
+    """Errors allowed in the gradients of hidden, weight and bias.
+
+    Those of the logits' gradient, of which `relative` is due to the upstream gradients, times the
+    other factor, and a rounding for each term of the products.
+    """
+    hidden, weight = hidden.detach().double(), weight.detach().double()
+    logits = hidden @ weight.T + (0 if bias is None else bias.detach().double())
+    numbers = [None if x is None else x.double().numpy() for x in (g, h)]
+    of_logits = torch.as_tensor(
+        oracle.token_logprobs(logits, targets, tau, -100, numbers[0], numbers[1])[2]
+    ).abs()
+    error = gradient_tolerance(logits, targets, tau, g, h, product_error(hidden, weight))
+    rounding = EPS * max(len(hidden), len(weight))
+    error = error + (relative + rounding) * of_logits
+    return error @ weight.abs(), error.T @ hidden.abs(), error.sum(0)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 9, 100, None])
 def test_agrees_with_float64(backend, chunk_size, with_bias):
@@ -79,8 +105,9 @@ def test_agrees_with_float64(backend, chunk_size, with_bias):
     atol = 3 * row_tolerance(logits, tau)
     close(logprobs, wanted[0], atol)
     close(entropy, wanted[1], atol)
-    for actual, right in zip(gradients, wanted[2]):
-        close(actual, right, 20 * atol)
+    bounds = gradient_tolerances(hidden, weight, bias, targets, tau, g, h)
+    for actual, right, bound in zip(gradients, wanted[2], bounds):
+        within(actual, right, bound)
 
 
 @given(rows=st.integers(0, 9), chunk_size=st.integers(1, 10), dropped=st.integers(0, 2**9 - 1))
@@ -89,17 +116,18 @@ def test_any_rows_dropped(backend, rows, chunk_size, dropped):
     hidden, weight, targets = case(rows)
     for i in range(rows):
         targets[i] = -100 if dropped >> i & 1 else i % 23
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    ours = [hidden.requires_grad_(), weight.requires_grad_()]
+    theirs = [x.detach().double().requires_grad_() for x in ours]
     a = linear_token_logprobs(*ours, targets, chunk_size=chunk_size, backend=backend)
     b = token_logprobs(theirs[0] @ theirs[1].T, targets, backend="reference")
-    atol = 3 * row_tolerance(hidden @ weight.T)
-    close(a, b, atol)
-    scale = normal(rows, seed=3)
-    for x, y in zip(
-        torch.autograd.grad((a * scale).sum(), ours), torch.autograd.grad((b * scale).sum(), theirs)
+    close(a, b, 3 * row_tolerance(hidden @ weight.T))
+    g = normal(rows, seed=3)
+    for x, y, bound in zip(
+        torch.autograd.grad((a * g).sum(), ours),
+        torch.autograd.grad((b * g).sum(), theirs),
+        gradient_tolerances(hidden, weight, None, targets, 1.0, g),
     ):
-        close(x, y, 20 * atol)
+        within(x, y, bound)
 
 
 def test_dropped_rows_may_hold_anything(backend):
@@ -144,12 +172,16 @@ def test_tied_weights(backend):
     """One parameter as embedding and as output layer gets both gradients."""
     ids = torch.tensor([3, 1, 4, 1, 5, 9])
     weight = normal(10, 6, seed=1)
-    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    ours, theirs = weight.clone().requires_grad_(), weight.double().requires_grad_()
     a = linear_cross_entropy(ours[ids[:-1]], ours, ids[1:], chunk_size=2, backend=backend)
     b = torch.nn.functional.cross_entropy(theirs[ids[:-1]] @ theirs.T, ids[1:])
     a.backward()
     b.backward()
-    close(ours.grad, theirs.grad, 60 * row_tolerance(weight @ weight.T))
+    mean = torch.full((5,), 0.2)
+    of_hidden, bound, _ = gradient_tolerances(weight[ids[:-1]], weight, None, ids[1:], 1.0, mean)
+    bound.index_add_(0, ids[:-1], of_hidden)
+    # A few more roundings: the mean's divisor, and the sum of both gradients.
+    within(ours.grad, theirs.grad, bound + 4 * EPS * theirs.grad.abs())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -303,13 +335,22 @@ def test_ppo_loss_is_that_of_whole_logits(backend, entropy_coef):
         chunk_size=6,
         backend=backend,
     )
-    atol = 20 * row_tolerance(normal(40, 23, seed=0, scale=3), 0.8)
-    close(loss, expected, atol)
-    close(torch.stack(stats), torch.stack(wanted), 4 * atol)
+    # How far a log-probability or an entropy may be off moves the loss by its slope, the
+    # statistics by at most the largest ratio, and the slopes, which are ratios, by that part.
+    error = 3 * row_tolerance((theirs[0] @ theirs[1].T).flatten(0, 1), 0.8)
+    g, h = torch.autograd.grad(expected, (logprobs, entropy), retain_graph=True)
+    close(loss, expected, error * float(g.abs().sum() + h.abs().sum()) + 16 * EPS)
+    close(torch.stack(stats), torch.stack(wanted), error * (1 + float(wanted.ratio_max)))
     gradients = torch.autograd.grad(loss, ours)
     assert (gradients[0][~mask] == 0).all()
-    for actual, right in zip(gradients, torch.autograd.grad(expected, theirs)):
-        close(actual, right.masked_fill(right.isnan(), 0), 4 * atol)
+    rows = theirs[0].detach()[mask]
+    bounds = gradient_tolerances(
+        rows, weight, bias, targets[mask], 0.8, g[mask], h[mask], relative=2 * error
+    )
+    actual = (gradients[0][mask], *gradients[1:])
+    of_hidden, *right = torch.autograd.grad(expected, theirs)
+    for x, y, bound in zip(actual, (of_hidden[mask], *right), bounds):
+        within(x, y, bound)
 
 
 def test_chunks_stay_near_their_budget(backend):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, ppo_inputs, random_mask
 
 from rlhf_kernels import PPOLossConfig, PPOLossStats, ppo_loss
-from rlhf_kernels.losses import PPO_STATS
+from rlhf_kernels.ppo_types import PPO_STATS
 
 pytestmark = pytest.mark.parametrize("backend", backends_for("ppo_loss_forward"))
 
@@ -223,10 +223,27 @@ def test_explained_variance_of_constant_returns_is_zero(backend):
 
 
 def test_a_valid_nan_is_not_hidden(backend):
-    for name in ("logprobs", "old_logprobs", "advantages", "values", "returns", "entropy"):
-        inputs, mask = ppo_inputs(2, 6), torch.ones(2, 6, dtype=torch.bool)
-        inputs[name][1, 4] = math.nan
-        assert run(inputs, mask, PPOLossConfig(), backend)[0].isnan(), name
+    """It reaches the loss, its gradient, and the statistics it takes part in: the same everywhere."""
+    shown = {
+        "logprobs": ("logprobs", "ratio_max"),
+        "old_logprobs": ("logprobs", "ratio_max"),
+        "advantages": ("logprobs", "policy_loss"),
+        "values": ("values", "explained_variance"),
+        "old_values": ("values", "value_loss"),
+        "returns": ("values", "explained_variance"),
+        "entropy": (None, "entropy"),
+    }
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    for name, (gradient, statistic) in shown.items():
+        for place in ((0, 0), (1, 40), (2, 69)):
+            inputs = ppo_inputs(3, 70)
+            inputs[name][place] = math.nan
+            loss, stats, gradients = run(inputs, mask, PPOLossConfig(), backend)
+            assert loss.isnan() and getattr(stats, statistic).isnan(), name
+            assert gradient is None or gradients[gradient][place].isnan(), name
+            expected = run(inputs, mask, PPOLossConfig(), "reference")[1]
+            for field, a, b in zip(PPO_STATS, stats, expected):
+                assert a.isnan() == b.isnan(), (name, field)
 
 
 def test_layouts_and_dtypes(backend):
@@ -272,3 +289,21 @@ def test_values_inside_the_range_are_never_clipped(backend):
     inputs["old_values"] = normal(37, 65, seed=9, scale=10.0)
     _, stats, gradients = run(inputs, mask, PPOLossConfig(value_clip_range=100.0), backend)
     assert stats.value_clip_fraction == 0 and (gradients["values"] != 0).all()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_long_rows(backend, aggregation):
+    """Longer than what a count in one byte per eight tokens can hold (2040)."""
+    inputs, mask = ppo_inputs(3, 4200), random_mask(3, 4200)
+    check(inputs, mask, PPOLossConfig(aggregation=aggregation), backend)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_mask_of_other_bytes_than_1(backend, aggregation):
+    """Bytes viewed as bool: valid is what is not 0."""
+    inputs, mask = ppo_inputs(4, 21), random_mask(4, 21)
+    config = PPOLossConfig(aggregation=aggregation)
+    loss = run(inputs, mask, config, backend)[0]
+    for byte in (2, 128, 255):
+        viewed = (mask.to(torch.uint8) * byte).view(torch.bool)
+        assert torch.equal(run(inputs, viewed, config, backend)[0], loss)
