@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf.data import ChatFormat, pad_left
-from rlhf.engine import check_choice, check_number, resolve_dtype
+from rlhf.engine import NonFiniteError, check_choice, check_number, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ def generate(
 
     Returns:
         ``Generated`` with ``len(prompt_ids) * num_return`` rows, on the model's device.
+
+    Raises:
+        NonFiniteError: The model's logits are NaN or infinite.
     """
     device = next(policy.parameters()).device
     eos_ids = eos_token_ids(policy, tokenizer)
@@ -180,6 +183,24 @@ def padding_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
+class RequireFinite(LogitsProcessor):
+    """Raises NonFiniteError for logits of which no token can be chosen.
+
+    NaN would not fail by itself: its comparisons are false, and some token comes out.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The largest of a row is NaN where any is, and infinite where any is or where all are -inf.
+        bad = ~scores.amax(-1).isfinite()
+        if bad.any():
+            raise NonFiniteError(
+                f"the policy's logits are NaN or infinite for {int(bad.sum())} of {len(bad)} "
+                f"responses after {input_ids.shape[1]} tokens (prompt included). Look at its "
+                "weights: it may have broken in training; lower the learning rate."
+            )
+        return scores
+
+
 class InverseTransformSampling(LogitsProcessor):
     """Draws a token for each row and leaves it the only possible one.
 
@@ -199,8 +220,8 @@ class InverseTransformSampling(LogitsProcessor):
 
 
 def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
-    """What turns logits into the choice of a token; none, and so the likeliest, if greedy."""
-    processors = LogitsProcessorList()
+    """What turns logits into the choice of a token; the likeliest is left to transformers."""
+    processors = LogitsProcessorList([RequireFinite()])
     if settings.greedy:
         return processors
     if settings.temperature != 1.0:

@@ -10,7 +10,8 @@ import torch
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import EOS_IDS, make_policy
 
-from rlhf.ppo.generation import GenerationSettings, cut_at_eos, generate
+from rlhf.engine import NonFiniteError
+from rlhf.ppo.generation import GenerationSettings, RequireFinite, cut_at_eos, generate
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 EOS = 3
@@ -95,6 +96,23 @@ def test_samples_follow_the_distribution_of_the_settings() -> None:
     for token, p in expected.items():
         # Five standard deviations of a frequency.
         assert abs(drawn.count(token) / count - p) < 5 * math.sqrt(p * (1 - p) / count)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error(greedy: bool, bad: float) -> None:
+    policy = make_policy()
+    with torch.no_grad():
+        policy.lm_head.weight[9, 0] = bad
+    with pytest.raises(NonFiniteError, match=r"logits are NaN or infinite for .* of 4 responses"):
+        sample(policy, greedy=greedy, top_k=5, top_p=0.9, temperature=0.7)
+
+
+def test_a_token_ruled_out_is_no_error() -> None:
+    scores = torch.tensor([[0.0, -math.inf, 1.0]])
+    assert RequireFinite()(torch.zeros(1, 2), scores) is scores
+    with pytest.raises(NonFiniteError):
+        RequireFinite()(torch.zeros(1, 2), torch.full((1, 3), -math.inf))
 
 
 def test_the_models_own_generation_config_does_not_shape_samples() -> None:
