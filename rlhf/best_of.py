@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.data import ChatFormat, Text, prepare_tokenizer
+from rlhf.engine import MAX_SEED, check_number
 from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.ppo.generation import GenerationSettings, generate
-from rlhf.ppo.prompts import encode_prompts, read_prompts
+from rlhf.ppo.prompts import check_room_for_reward, encode_prompts, read_prompts
 from rlhf.ppo.scoring import Reward, score_responses
 
 
@@ -53,7 +55,8 @@ def best_of_n(
             beside the prompt go to the reward.
         reward: A ``RewardModel`` or a callable ``(prompts, responses, **columns)``.
         n: Responses to each prompt.
-        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the policy.
+        tokenizer: An id, a folder or a tokenizer; None: the one that lies with the policy, which is
+            then an id or a folder.
         template: How a prompt becomes token ids; see ``ChatFormat``.
         settings: How to sample; None for the defaults of ``GenerationSettings``.
         seed: Of the sampling.
@@ -62,24 +65,28 @@ def best_of_n(
         One ``BestOfN`` for each prompt, in order.
 
     Raises:
-        ValueError: n is below 1, or the policy is an object and no tokenizer was given.
+        ValueError: n is no whole number of at least 1, or seed none of at least 0.
+        ModelError: The policy cannot be loaded, or is an object and no tokenizer was given.
         RewardError: The reward failed or returned something unusable; the message names the prompt.
         DataError: A prompt is malformed or too long.
     """
-    if n < 1:
-        raise ValueError(f"n={n} must be at least 1")
-    if tokenizer is None and not isinstance(policy, str | Path):
-        raise ValueError("give tokenizer=, because the policy is a model object")
+    arguments = SimpleNamespace(n=n, seed=seed)
+    check_number(arguments, "n", at_least=1, integer=True)
+    check_number(arguments, "seed", at_least=0, at_most=MAX_SEED, integer=True)
     settings = settings or GenerationSettings()
-    tokenizer = load_tokenizer(policy if tokenizer is None else tokenizer)
+    tokenizer = load_tokenizer(tokenizer, policy)
     prepare_tokenizer(tokenizer)
-    model = load_causal_lm(policy)
     rows = read_prompts(prompts)
+    source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
+    longest = settings.max_new_tokens
+    check_room_for_reward(rows, reward, max_new_tokens=longest, source=source)
+    model = load_causal_lm(policy)
     prompt_ids = encode_prompts(
         rows,
         ChatFormat(tokenizer, template),
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=longest,
         context=context_length(model),
+        source=source,
     )
     texts = generate(model, tokenizer, prompt_ids, settings, seed=seed, num_return=n).texts
     scores = score_responses(reward, [row for row in rows for _ in range(n)], texts).tolist()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from rlhf.data import ChatFormat, DataError, load_as, to_prompts
+from rlhf.models import context_length
 from rlhf.ppo.seeds import derive_seed
+from rlhf.reward_model import RewardModel
 
 PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
 
@@ -60,6 +62,31 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def check_room_for_reward(
+    rows: Sequence[PromptRow], reward: Any, *, max_new_tokens: int, source: str = "prompts"
+) -> None:
+    """Check that a reward model can read every prompt with a whole response behind it.
+
+    It reads both anew, under its own tokenizer and template, which close the response with an EOS
+    that the policy need not have sampled. Any other reward is left unchecked.
+
+    Raises:
+        DataError: naming the row of a prompt that leaves too little room.
+    """
+    context = context_length(reward.model) if isinstance(reward, RewardModel) else None
+    if context is None:
+        return
+    for number, row in enumerate(rows, start=1):
+        closed = len(reward.chat_format.encode(row["prompt"], "")[0])
+        if closed + max_new_tokens > context:
+            raise DataError(
+                f"{source}, row {number}: for the reward model the prompt and the end of a "
+                f"response have {closed} tokens, and its context of {context} leaves "
+                f"{max(0, context - max_new_tokens)} beside max_new_tokens={max_new_tokens}. "
+                "Shorten or remove the prompt, or lower max_new_tokens."
+            )
 
 
 class PromptOrder:

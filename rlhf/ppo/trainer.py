@@ -20,7 +20,13 @@ from rlhf.ppo.critic import make_critic, make_reference
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, GenerationSettings, generate
 from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats
-from rlhf.ppo.prompts import PromptOrder, PromptRow, encode_prompts, read_prompts
+from rlhf.ppo.prompts import (
+    PromptOrder,
+    PromptRow,
+    check_room_for_reward,
+    encode_prompts,
+    read_prompts,
+)
 from rlhf.ppo.rollout import estimate_advantages, make_experience
 from rlhf.ppo.scoring import Reward, score_responses
 from rlhf.ppo.seeds import derive_seed
@@ -56,7 +62,8 @@ class PPOTrainer:
 
     Raises:
         OutputError: ``config.output_dir`` cannot be written to.
-        DataError: A prompt is malformed, or too long for the context; the message names its row.
+        DataError: A prompt is malformed, or too long for the models' or the reward model's context;
+            the message names its row.
         ModelError: A model cannot be loaded or does not fit the others.
     """
 
@@ -208,10 +215,12 @@ class PPOTrainer:
         save_config(self.config, folder)
 
     def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
+        longest = self.config.max_new_tokens
+        check_room_for_reward(rows, self.reward, max_new_tokens=longest, source=source)
         return encode_prompts(
             rows,
             self.chat_format,
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=longest,
             context=self.context,
             source=source,
         )

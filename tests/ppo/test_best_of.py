@@ -10,6 +10,7 @@ from tiny_policy import make_policy
 
 from rlhf.best_of import best_of_n
 from rlhf.data import DataError
+from rlhf.models import ModelError
 from rlhf.ppo import GenerationSettings, RewardError
 
 PROMPTS = [{"prompt": "w1", "sign": 1}, {"prompt": "w2 w3 w4", "sign": -1}]
@@ -49,11 +50,16 @@ def test_batches_may_cut_a_prompts_candidates() -> None:
 
 
 def test_wrong_arguments_are_clear_errors() -> None:
-    with pytest.raises(ValueError, match="n=0"):
-        run(n=0)
-    with pytest.raises(ValueError, match="tokenizer="):
+    for n in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=f"n={n!r} must be a whole number at least 1"):
+            run(n=n)
+    for seed in (-1, 2**70, 0.5):
+        with pytest.raises(ValueError, match=f"seed={seed}"):
+            run(seed=seed)
+    with pytest.raises(ModelError, match="tokenizer="):
         run(tokenizer=None)
     with pytest.raises(RewardError, match="'w1'"):
         run(reward=lambda prompts, responses: [float("nan")] * len(responses))
-    with pytest.raises(DataError, match="row 1"):
-        run(prompts=[" ".join(["w1"] * 60)])
+    for length, rest in ((60, "leaves 54"), (80, "leaves 54")):  # 80 alone is beyond the 64
+        with pytest.raises(DataError, match=f"row 2: the prompt has {length} tokens.*{rest}"):
+            run(prompts=["w1", " ".join(["w1"] * length)])

@@ -6,11 +6,16 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_llama, tiny_tokenizer
+from tiny_policy import make_policy
 
+from rlhf.best_of import best_of_n
 from rlhf.data import ChatFormat, DataError
+from rlhf.models import scalar_model_from_causal
+from rlhf.ppo import GenerationSettings
 from rlhf.ppo.prompts import PromptOrder, encode_prompts, read_prompts
 from rlhf.ppo.seeds import derive_seed
+from rlhf.reward_model import RewardModel
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (3, 8), (5, 5), (1, 2)])
@@ -43,6 +48,43 @@ def test_a_prompt_too_long_for_the_context_names_its_row() -> None:
         encode_prompts(rows, chat_format, max_new_tokens=5, context=10)
     fitting = encode_prompts(rows, chat_format, max_new_tokens=4, context=10)
     assert fitting[1] == [8, 9, 10, 11, 12, 13]
+
+
+def make_judge(context: int) -> RewardModel:
+    return RewardModel(scalar_model_from_causal(tiny_llama(context=context)), tiny_tokenizer())
+
+
+def test_the_reward_models_context_is_checked_before_anything_runs(make_trainer: Any) -> None:
+    """The longest response, and an EOS where it has none, fit its context; a token less, not."""
+    prompts = ["w1", "w1 w2 w3 w4 w5 w6"]
+    needed = len(make_judge(64).chat_format.encode(prompts[1], " ".join(["w1"] * 10))[0])
+    judge, policy, tokenizer = make_judge(needed), make_policy(), tiny_tokenizer()
+    policy.generation_config.eos_token_id = None  # so that most responses are of full length
+    options = {"policy": policy, "prompts": prompts, "tokenizer": tokenizer, "max_new_tokens": 10}
+    trainer = make_trainer(reward=judge, **options)
+    assert max(len(text.split()) for text in trainer.rollout(prompts[1:] * 8).texts) == 10
+    small = make_judge(needed - 1)
+    options["critic"] = scalar_model_from_causal(tiny_llama())
+    with pytest.raises(DataError, match=rf"row 2: for the reward model .* of {needed - 1} leaves"):
+        make_trainer(reward=small, **options)
+    with pytest.raises(DataError, match="row 2: for the reward model"):
+        best_of_n(
+            policy,
+            prompts,
+            small,
+            2,
+            tokenizer=tokenizer,
+            settings=GenerationSettings(max_new_tokens=10),
+        )
+
+
+def test_a_prompt_with_an_unknown_role_names_its_row(make_trainer: Any) -> None:
+    prompts: list[Any] = [
+        {"prompt": [{"role": "user", "content": "w1"}]},
+        {"prompt": [{"role": "robot", "content": "w2"}]},
+    ]
+    with pytest.raises(DataError, match=r"row 2.*'robot'"):
+        make_trainer(prompts=prompts)
 
 
 def test_a_long_prompt_stops_the_trainer_before_anything_runs(make_trainer: Any) -> None:
