@@ -42,7 +42,7 @@ def make_comparisons(
         comparisons.add_comparison(prompt, a, b, preference, simulated_annotators=row)
     split = len(comparisons) - settings.heldout_pairs
     # Pairs of one prompt stay on one side.
-    while 0 < split and comparisons[split - 1].prompt == comparisons[split].prompt:
+    while split > 0 and comparisons[split - 1].prompt == comparisons[split].prompt:
         split -= 1
     if split < 1:
         raise ValueError(

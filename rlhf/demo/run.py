@@ -116,8 +116,8 @@ class Demo:
             ),
             Stage(
                 name="comparisons",
-                title="sample pairs of answers to each prompt; three simulated annotators (programs, "
-                "not people) say which is warmer",
+                title="sample pairs of answers to each prompt; three simulated annotators "
+                "(programs, not people) say which is warmer",
                 takes="the SFT policy and prompts",
                 gives="preference pairs",
                 settings={
