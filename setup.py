@@ -31,6 +31,7 @@ AVX2 = shlex.split("-mavx2 -mfma -mf16c")
 AVX512 = shlex.split("-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512")
 X86_ISAS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512]}
 PROBE = """
+#include <Python.h>
 #include <omp.h>
 typedef float lanes __attribute__((vector_size(16)));
 int main() {
@@ -55,7 +56,7 @@ def compiler_command() -> list[str]:
 
 
 def why_not_buildable() -> str | None:
-    """Compile, link and run nothing but the smallest program that the kernels need."""
+    """Compile and link the smallest program that needs what the kernels and bindings need."""
     if sys.platform == "win32":
         return "the C++ kernels are built with GCC or Clang, on Linux and macOS only"
     command = compiler_command()
@@ -65,12 +66,19 @@ def why_not_buildable() -> str | None:
         source = Path(folder, "probe.cpp")
         source.write_text(PROBE)
         flags = [flag for isa in isa_flags().values() for flag in isa]
+        flags += python_includes()
         probe = [*command, *COMMON_FLAGS, *flags, str(source), "-o", str(Path(folder, "probe"))]
         result = subprocess.run(probe, capture_output=True, text=True)
     if result.returncode == 0:
         return None
     error = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
-    return f"the C++ compiler {command[0]!r} cannot build OpenMP code: {error.strip()}"
+    what = "Python extensions with OpenMP"
+    return f"the C++ compiler {command[0]!r} cannot build {what}: {error.strip()}"
+
+
+def python_includes() -> list[str]:
+    paths = sysconfig.get_paths()
+    return [f"-isystem{folder}" for folder in sorted({paths["include"], paths["platinclude"]})]
 
 
 def ninja_program() -> str:
@@ -91,7 +99,7 @@ def ninja_rules(build_dir: Path, target: Path) -> str:
     import pybind11
 
     includes = [f"-I{ROOT / 'csrc'}", *(["-DRK_X86"] if len(isa_flags()) > 1 else [])]
-    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
+    python = [f"-isystem{pybind11.get_include()}", *python_includes()]
     link = ["-shared", "-fopenmp"]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
@@ -128,6 +136,9 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         self.reason = why_not_buildable()
         self.write_build_info()
+        if self.reason is not None and (self.inplace or self.editable_mode):
+            for left in (ROOT / "rlhf_kernels").glob("_cpu*.so"):
+                left.unlink()  # nor must the checkout import one
         super().run()
         if self.reason is not None:
             print(
