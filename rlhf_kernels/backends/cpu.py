@@ -72,7 +72,7 @@ def token_logprobs_forward(
     ignore_index: int,
     need_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities [N], entropies [N] (or None) and normalization [N, 2] of the rows of [N, V].
+    """Log-probabilities [N], entropies [N] (or None), normalization [N, 2] of the rows of [N, V].
 
     The normalization of an ignored row is 0.
     """

@@ -39,7 +39,7 @@ def token_logprobs_forward(
     ignore_index: int,
     need_entropy: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities [N], entropies [N] (or None) and normalization [N, 2] of the rows of [N, V].
+    """Log-probabilities [N], entropies [N] (or None), normalization [N, 2] of the rows of [N, V].
 
     The normalization is what the backward needs to find log-probabilities again: the largest logit,
     and the logarithm of the sum of exp((z - max)/τ). Their sum, the log-sum-exp, would lose digits

@@ -58,10 +58,11 @@ def gradient_tolerance(
     With d_j = (z_j - max)/tau, log p_j = d_j - log Σ e^d. Difference, quotient (by an inverse) and
     the last subtraction round d_j four times at most; exp and log are good to a few ulp, and the
     sum of V positive terms by 4 running sums or more rounds like sqrt(V/4). The entropy's sum
-    weighs these by |d|. All that, `error`, is a relative error of p_j and an absolute one of log p_j
-    and H, so p_j·(g + h·(log p_j + H))/tau is off by `error` times p_j·(|g| + |h|·(|log p_j + H| + 2)).
-    A few more roundings at the result's size, and p_j below the smallest normal float is 0.
-    `logit_error` is how far the logits themselves may be off, which moves z_j and the sum.
+    weighs these by |d|. All that, `error`, is a relative error of p_j and an absolute one of
+    log p_j and H, so p_j·(g + h·(log p_j + H))/tau is off by `error` times
+    p_j·(|g| + |h|·(|log p_j + H| + 2))/tau. A few more roundings come at the result's size, and
+    p_j below the smallest normal float is 0. `logit_error` is how far the logits themselves may be
+    off, which moves z_j and the sum.
     """
     z = logits.detach().double()
     tau = temperature if not isinstance(temperature, Tensor) else temperature.double()[:, None]

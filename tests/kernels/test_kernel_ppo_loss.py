@@ -223,7 +223,7 @@ def test_explained_variance_of_constant_returns_is_zero(backend):
 
 
 def test_a_valid_nan_is_not_hidden(backend):
-    """It reaches the loss, its gradient, and the statistics it takes part in: the same everywhere."""
+    """It reaches the loss, its gradient and the statistics it takes part in, on every backend."""
     shown = {
         "logprobs": ("logprobs", "ratio_max"),
         "old_logprobs": ("logprobs", "ratio_max"),

@@ -278,7 +278,7 @@ def test_rows_do_not_depend_on_their_batch(backend):
 
 @pytest.mark.parametrize("rows, vocabulary", [(132, 65536), (132 * 4096, 16)])
 def test_a_gradient_on_new_pages(backend, rows, vocabulary):
-    """33 MiB, which a kernel may have the system provide ahead of writing, in wide or narrow rows."""
+    """33 MiB, which a kernel may have the system provide ahead of writing; wide or narrow rows."""
     logits = normal(rows, vocabulary, seed=1).requires_grad_()
     targets = torch.arange(rows) % vocabulary
     logprobs = token_logprobs(logits, targets, backend=backend)
@@ -307,7 +307,7 @@ def test_more_than_2_to_the_31_elements(backend):
 
 
 def test_the_operator_takes_any_strides(backend):
-    """Below the function, which makes columns contiguous, stands an operator that anyone can call."""
+    """Below the function, which makes columns contiguous, is an operator that anyone can call."""
     logits, targets = normal(9, 5, seed=1), torch.tensor([0, 8, 3, -100, 5])
     operator = torch.ops.rlhf_kernels.token_logprobs
     backward = torch.ops.rlhf_kernels.token_logprobs_backward
