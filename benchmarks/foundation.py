@@ -1,15 +1,16 @@
 """The figures that the kernels of the foundation must reach on a CPU.
 
-    python -m benchmarks.foundation [--quick]
+    python -m benchmarks.foundation [--quick] [--output PATH]
 
-Prints a table and writes benchmarks/results/foundation.json. Run it on a quiet machine: the floor,
-one read of the logits by `logits.sum(-1)`, is measured in the same turns.
+Prints a table and writes benchmarks/results/foundation.json, or PATH. Run it on a quiet machine:
+the floor, one read of the logits by `logits.sum(-1)`, is measured in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from benchmarks import formulas
 from benchmarks.harness import (
+    RESULTS,
     Comparison,
     Target,
     Variant,
@@ -46,18 +48,18 @@ def logprobs_forward(turns: int) -> Comparison:
     targets = torch.randint(VOCABULARY, (ROWS,))
     compiled = _compiled(formulas.token_logprobs)
 
-    def ours(turn: int) -> object:
-        return rk.token_logprobs(logits[turn % 2], targets, backend="cpu")
+    def ours(call: int) -> object:
+        return rk.token_logprobs(logits[call % 2], targets, backend="cpu")
 
-    def ours_entropy(turn: int) -> object:
-        return rk.token_logprobs(logits[turn % 2], targets, return_entropy=True, backend="cpu")
+    def ours_entropy(call: int) -> object:
+        return rk.token_logprobs(logits[call % 2], targets, return_entropy=True, backend="cpu")
 
     variants = [
-        Variant("floor: logits.sum(-1)", lambda turn: logits[turn % 2].sum(-1)),
+        Variant("floor: logits.sum(-1)", lambda call: logits[call % 2].sum(-1)),
         Variant("cpu backend", ours),
         Variant("cpu backend, with entropy", ours_entropy),
-        Variant("torch.compile", lambda turn: compiled(logits[turn % 2], targets)),
-        Variant("eager", lambda turn: formulas.token_logprobs(logits[turn % 2], targets)),
+        Variant("torch.compile", lambda call: compiled(logits[call % 2], targets)),
+        Variant("eager", lambda call: formulas.token_logprobs(logits[call % 2], targets)),
     ]
     with torch.no_grad():
         title = f"token_logprobs forward, {ROWS}x{VOCABULARY} float32"
@@ -71,8 +73,8 @@ def logprobs_backward(turns: int) -> Comparison:
     compiled = _compiled(formulas.token_logprobs)
 
     def step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int], None]:
-        def run(turn: int) -> None:
-            leaf = logits[turn % 2]
+        def run(call: int) -> None:
+            leaf = logits[call % 2]
             function(leaf, targets).backward(upstream)
             leaf.grad = None
 
@@ -148,8 +150,11 @@ def ppo_loss(turns: int) -> Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns, no JSON")
-    quick = parser.parse_args().quick
+    parser.add_argument("--quick", action="store_true", help="fewer turns; JSON only with --output")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    output = arguments.output or (None if quick else RESULTS / "foundation.json")
     torch.manual_seed(0)
     about = {**machine(), "cpu_backend": cpu.describe()}
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
@@ -188,8 +193,9 @@ def main() -> None:
     ]
     comparisons = [forward, both, advantages, loss]
     print_report(comparisons, targets)
-    if not quick:
-        print(f"\nwritten to {write_json('foundation', about, comparisons, targets)}")
+    if output is not None:
+        write_json(output, about, comparisons, targets)
+        print(f"\nwritten to {output}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work; `run` takes the turn's number, to rotate its buffers by."""
+    """One way to do the work; `run` takes the call's number, to rotate its buffers by."""
 
     name: str
     run: Callable[[int], object]
@@ -71,19 +71,37 @@ class Comparison:
 def compare(
     title: str, variants: Sequence[Variant], *, turns: int, calls_per_turn: int = 1, warmup: int = 2
 ) -> Comparison:
-    """Run the variants in turns. Small work repeats `calls_per_turn` times in each."""
+    """Run the variants in turns. Small work repeats `calls_per_turn` times in each.
+
+    Each turn starts with another variant, and the calls are numbered through: who rotates buffers
+    by that number never finds what the call before, its own or another variant's, left in a cache.
+    """
+    _warn_if_busy()
     samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for variant in variants:
         for turn in range(warmup):
             variant.run(turn)
+    number = 0
     for turn in range(turns):
-        for variant in variants:
+        first = turn % len(variants)
+        for variant in (*variants[first:], *variants[:first]):
             start = time.perf_counter()
-            for call in range(calls_per_turn):
-                variant.run(turn * calls_per_turn + call)
+            for call in range(number, number + calls_per_turn):
+                variant.run(call)
             seconds = (time.perf_counter() - start) / calls_per_turn
+            number += calls_per_turn
             samples[variant.name].append(seconds * 1e3)
     return Comparison(title, variants, samples)
+
+
+def _warn_if_busy() -> None:
+    busy = _load_average()
+    if busy is not None and busy > (os.cpu_count() or 1) / 2:
+        print(f"warning: load average {busy:.1f} on {os.cpu_count()} cores; figures will be noisy")
+
+
+def _load_average() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _timing(name: str, samples: list[float]) -> Timing:
@@ -93,12 +111,11 @@ def _timing(name: str, samples: list[float]) -> Timing:
 
 def machine() -> dict[str, object]:
     """What the figures depend on."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "load_average_at_start": load,
+        "load_average_at_start": _load_average(),
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -130,14 +147,13 @@ def print_report(comparisons: Sequence[Comparison], targets: Sequence[Target]) -
 
 
 def write_json(
-    name: str,
+    path: Path,
     about: dict[str, object],
     comparisons: Sequence[Comparison],
     targets: Sequence[Target],
-) -> Path:
-    """benchmarks/results/<name>.json; written aside first, so it is never half a file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+) -> None:
+    """Written aside first, so it is never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": about,
         "comparisons": [
@@ -149,4 +165,3 @@ def write_json(
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
-    return path
