@@ -62,7 +62,7 @@ class DemoSettings:
     ppo_epochs: int = 1
     ppo_kl_coef: float = 0.03
     best_of: int = 4
-    after_samples: int = 2
+    after_samples: int = 1
 
     def generation(self) -> GenerationSettings:
         # Decoding reads all weights for every token, so a wide batch costs little more.
