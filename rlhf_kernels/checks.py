@@ -10,6 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+# What a row kernel is given for a target that stands in another rank's part of the vocabulary: the
+# row counts, but none of its columns here is the target's. No vocabulary reaches, and no user
+# means, a number like this.
+ELSEWHERE = -(2**62)
+
 
 def floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
@@ -48,6 +53,16 @@ def dimensions(name: str, tensor: Tensor, number: int, meaning: str) -> None:
         )
 
 
+def gathered(name: str, tensor: Tensor | None) -> None:
+    """Kernels take whole tensors; a DTensor is one rank's part of one."""
+    # By name, since importing the type would import torch.distributed.tensor.
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, a part of a sharded parameter; gather it before "
+            f"(`{name}.full_tensor()`, or inside the forward of the module that FSDP2 wraps)"
+        )
+
+
 def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != reference.device:
@@ -81,6 +96,7 @@ def targets_in_range(targets: Tensor, vocabulary: int, ignore_index: int) -> Non
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    outside &= targets != ELSEWHERE
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.ops.linear_token_logprobs import default_chunk_size
+from rlhf_kernels.ops.chunks import wide_dtype
+from rlhf_kernels.ops.formed_gradients import needs_gradients
+from rlhf_kernels.ops.linear_losses import linear_cross_entropy as _linear_cross_entropy
 from rlhf_kernels.ops.linear_token_logprobs import linear_token_logprobs as _linear_token_logprobs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -23,6 +28,7 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     ignore_index: int = ...,
     chunk_size: int | None = ...,
+    group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -38,6 +44,7 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     ignore_index: int = ...,
     chunk_size: int | None = ...,
+    group: ProcessGroup | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -52,20 +59,28 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits hidden · weightᵀ + bias, one chunk of rows at a time.
 
-    The backward computes each chunk of logits again. Rows with ignore_index take part in no matrix
-    product; on a GPU their number is read by the host, once forward and once backward.
+    The backward computes each chunk of logits again; where the loss is cross-entropy or the PPO
+    loss, `linear_cross_entropy` and `linear_ppo_loss` need not. Rows with ignore_index take part in
+    no matrix product; on a GPU their number is read by the host, once forward and once backward.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16, or float64 (reference backend).
         weight: [V, H], bias: [V] or None. Under autocast the products run in autocast's dtype,
             else hidden, weight and bias must share theirs. The weight's gradient is summed over the
-            chunks in float32 and comes in the weight's dtype.
+            chunks in float32 and comes in the weight's dtype. A weight sharded by FSDP2 is gathered
+            before (see docs/kernels.md).
         targets, temperature, return_entropy, ignore_index, backend: as in `token_logprobs`.
-        chunk_size: rows at a time; None takes as many as fit logits of 64 MiB, at least 16.
+        chunk_size: rows at a time; None takes as many as fit logits of 64 MiB on a CPU and 256 MiB
+            elsewhere, at least 16.
+        group: a process group over which the vocabulary is split: each rank passes its own rows of
+            weight and bias, in the ranks' order, and the same hidden, targets and temperature,
+            where targets count over the whole vocabulary. Every rank gets the whole results, and
+            hidden's whole gradient. All ranks must call it, forward and backward.
 
     Returns:
         logprobs [...], or (logprobs, entropy), float32 (float64 for float64 inputs),
@@ -75,30 +90,11 @@ def linear_token_logprobs(
         ValueError, TypeError: shapes, dtypes, devices or targets that do not fit.
         BackendUnavailableError, UnsupportedOperationError: a backend named that cannot do it.
     """
-    checks.floating(hidden=hidden, weight=weight, bias=bias)
-    checks.dimensions("weight", weight, 2, "[V, H]")
-    vocabulary, width = weight.shape
-    if vocabulary == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1")
-    if hidden.dim() == 0 or hidden.shape[-1] != width:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}], "
-            f"the width of weight {tuple(weight.shape)}"
-        )
-    checks.shape("targets", targets, hidden.shape[:-1], "the shape of hidden without the last")
-    if bias is not None:
-        checks.shape("bias", bias, (vocabulary,), "one for each row of weight")
-    checks.same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
     targets = checks.as_targets(targets)
-    dtype = _product_dtype(hidden, weight, bias)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    number, per_row = checks.split_temperature(temperature, targets, wide)
-    if chunk_size is None:
-        chunk_size = default_chunk_size(vocabulary, dtype)
-    elif chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; expected at least 1, or None")
+    number, per_row = checks.split_temperature(temperature, targets, wide_dtype(dtype))
     logprobs, entropy, _ = _linear_token_logprobs(
-        hidden.reshape(-1, width),
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         targets.reshape(-1).contiguous(),
@@ -108,6 +104,7 @@ def linear_token_logprobs(
         return_entropy,
         dtype,
         chunk_size,
+        group_name(group),
         backend,
     )
     if return_entropy:
@@ -125,12 +122,16 @@ def linear_cross_entropy(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of the targets under the logits hidden · weightᵀ + bias.
 
+    The gradient is formed with the loss, chunk by chunk, and the backward only scales it: three
+    matrix products in all. A second backward, through a graph that was retained, forms it again.
+
     Args:
-        hidden, weight, targets, bias, ignore_index, chunk_size, backend: as in
+        hidden, weight, targets, bias, ignore_index, chunk_size, group, backend: as in
             `linear_token_logprobs`.
         reduction: "mean" over the targets that are not ignored (0 if all are), or "sum".
         normalizer: divides the sum in place of the count, whatever the reduction, so that
@@ -143,22 +144,53 @@ def linear_cross_entropy(
         As `linear_token_logprobs`; ValueError for an unknown reduction or a normalizer <= 0.
     """
     checks.one_of("reduction", reduction, ("mean", "sum"))
-    logprobs = linear_token_logprobs(
-        hidden,
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
+    like = hidden.new_empty((), dtype=wide_dtype(dtype))
+    loss, *_ = _linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        backend=backend,
+        bias,
+        checks.as_targets(targets).reshape(-1).contiguous(),
+        ignore_index,
+        checks.as_normalizer(normalizer, like),
+        reduction == "mean",
+        dtype,
+        chunk_size,
+        group_name(group),
+        backend,
+        needs_gradients(hidden, weight, bias),
     )
-    total = -logprobs.sum()
-    divisor = checks.as_normalizer(normalizer, total)
-    if divisor is not None:
-        return total / divisor
-    if reduction == "sum":
-        return total
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return loss
+
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int | None
+) -> torch.dtype:
+    """Raise for what does not fit together, else return the dtype of the products."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        checks.gathered(name, tensor)
+    checks.floating(hidden=hidden, weight=weight, bias=bias)
+    checks.dimensions("weight", weight, 2, "[V, H]")
+    vocabulary, width = weight.shape
+    if vocabulary == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1")
+    if hidden.dim() == 0 or hidden.shape[-1] != width:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}], "
+            f"the width of weight {tuple(weight.shape)}"
+        )
+    checks.shape("targets", targets, hidden.shape[:-1], "the shape of hidden without the last")
+    if bias is not None:
+        checks.shape("bias", bias, (vocabulary,), "one for each row of weight")
+    checks.same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; expected at least 1, or None")
+    return _product_dtype(hidden, weight, bias)
+
+
+def group_name(group: ProcessGroup | None) -> str | None:
+    """What stands for a group in an operator's schema."""
+    return None if group is None else group.group_name
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

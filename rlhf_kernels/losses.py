@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.linear import linear_token_logprobs
+from rlhf_kernels.linear import check_linear, group_name
+from rlhf_kernels.ops.chunks import wide_dtype
+from rlhf_kernels.ops.formed_gradients import needs_gradients
+from rlhf_kernels.ops.linear_losses import linear_ppo_loss as _linear_ppo_loss
 from rlhf_kernels.ops.ppo_loss import ppo_loss as _ppo_loss
 from rlhf_kernels.ppo_types import PPOLossConfig, PPOLossStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "PPOLossConfig",
@@ -110,50 +118,61 @@ def linear_ppo_loss(
     config: PPOLossConfig = _DEFAULT,
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PPOLossStats]:
     """`ppo_loss` of the policy whose logits are hidden · weightᵀ + bias, chunk by chunk.
 
-    The entropy bonus is part of it; for the value loss call `ppo_loss` on the critic's side or add
-    the two. Masked tokens take part in no matrix product.
+    The gradient is formed with the loss and the backward only scales it, as in
+    `linear_cross_entropy`. The entropy bonus is part of the loss; for the value loss call
+    `ppo_loss` on the critic's side and add the two. Masked tokens take part in no matrix product.
 
     Args:
         hidden: [B, T, H]. weight: [V, H]. bias: [V] or None. targets: [B, T], the tokens.
-        temperature, chunk_size: as in `linear_token_logprobs`.
-        old_logprobs, advantages, mask, config, normalizer, backend: as in `ppo_loss`.
+        temperature, chunk_size, group: as in `linear_token_logprobs`.
+        old_logprobs, advantages, mask, config, normalizer: as in `ppo_loss`.
+        backend: see `rlhf_kernels.backends`; where it has kernels for rows of logits only, the loss
+            over the tokens, the small part, takes its own default.
 
     Returns:
-        (loss, PPOLossStats), as `ppo_loss`; differentiable by hidden, weight and bias.
+        (loss, PPOLossStats), as `ppo_loss`, float32 (float64 for float64 hidden states);
+        differentiable by hidden, weight and bias.
 
     Raises:
         As `linear_token_logprobs` and `ppo_loss`.
     """
     checks.dimensions("hidden", hidden, 3, "[B, T, H]")
-    checks.shape("targets", targets, hidden.shape[:-1], "the shape of hidden without the last")
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
+    checks.floating(old_logprobs=old_logprobs, advantages=advantages)
     checks.like("targets", targets, mask=mask, old_logprobs=old_logprobs, advantages=advantages)
-    mask = checks.as_mask(mask)
-    logprobs, entropy = linear_token_logprobs(
-        hidden,
+    mask, wide = checks.as_mask(mask), wide_dtype(dtype)
+    targets = torch.where(mask, checks.as_targets(targets), _IGNORED)
+    number, per_row = checks.split_temperature(temperature, targets, wide)
+    old_logprobs = old_logprobs.detach().to(wide)
+    loss, stats, *_ = _linear_ppo_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        torch.where(mask, checks.as_targets(targets), _IGNORED),
-        bias=bias,
-        temperature=temperature,
-        return_entropy=True,
-        ignore_index=_IGNORED,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
-    return ppo_loss(
-        logprobs,
+        bias,
+        targets.reshape(-1),
         old_logprobs,
-        advantages,
+        advantages.detach().to(wide),
         mask,
-        # Without a bonus the entropy is a statistic alone, and its backward is saved.
-        entropy=entropy if config.entropy_coef else entropy.detach(),
-        config=config,
-        normalizer=normalizer,
-        backend=backend,
+        number,
+        per_row,
+        _IGNORED,
+        checks.as_normalizer(normalizer, old_logprobs),
+        config.clip_range,
+        config.clip_range_high,
+        config.dual_clip,
+        config.entropy_coef,
+        config.aggregation,
+        dtype,
+        chunk_size,
+        group_name(group),
+        backend,
+        needs_gradients(hidden, weight, bias),
     )
+    return loss, PPOLossStats(*stats.detach().unbind())
 
 
 def _check_values(

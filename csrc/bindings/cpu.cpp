@@ -69,11 +69,11 @@ RowsIn rows_in(uintptr_t logits, int type, int64_t rows, int64_t columns, int64_
   return {pointer<const void>(logits), ElementType(type), rows, columns, row_stride};
 }
 
-// The first row whose target is neither in [0, columns) nor ignored; -1 where there is none.
+// The first row whose target is neither in [0, columns) nor ignored nor elsewhere; -1 where there is none.
 int64_t first_bad_target(const int64_t* targets, const RowsIn& logits, int64_t ignore_index) {
   for (int64_t row = 0; row < logits.rows; ++row) {
     const bool in_range = uint64_t(targets[row]) < uint64_t(logits.columns);
-    if (!in_range && targets[row] != ignore_index) return row;
+    if (!in_range && targets[row] != ignore_index && targets[row] != kElsewhere) return row;
   }
   return -1;
 }

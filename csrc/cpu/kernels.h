@@ -21,6 +21,9 @@ struct Temperature {
   float number;          // used where per_row is null
 };
 
+// The target of a row whose target stands in another rank's part of the vocabulary.
+constexpr int64_t kElsewhere = -(int64_t(1) << 62);
+
 struct TokenLogprobsForward {
   RowsIn logits;
   const int64_t* targets;

@@ -119,7 +119,10 @@ void forward_row(const TokenLogprobsForward& args, int64_t row) {
   const RowSums sums = args.entropy ? row_sums<Type, true>(x, args.logits.columns, inverse_tau)
                                     : row_sums<Type, false>(x, args.logits.columns, inverse_tau);
   const float log_sum = float(log(sums.sum));
-  args.logprobs[row] = logprob((element<Type>(x + target) - sums.max) * inverse_tau, log_sum);
+  args.logprobs[row] =
+      target == kElsewhere
+          ? 0.0f
+          : logprob((element<Type>(x + target) - sums.max) * inverse_tau, log_sum);
   args.normalization[2 * row] = sums.max;
   args.normalization[2 * row + 1] = log_sum;
   if (args.entropy) args.entropy[row] = entropy(log_sum, float(sums.sum), float(sums.weighted));
@@ -176,13 +179,17 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   const float log_sum = args.normalization[2 * row + 1];
   const RowGradient gradient = {inverse_tau, max, log_sum, entropy, g, h};
   // Read before the row is overwritten, which it is where the gradient takes the logits' place.
-  const float logp = logprob((element<Type>(x + target) - max) * inverse_tau, log_sum);
+  const bool here = target != kElsewhere;
+  const float x_target = here ? element<Type>(x + target) : 0.0f;
   if (args.grad_entropy) {
     gradient_row<Type, true>(x, out, n, gradient);
   } else {
     gradient_row<Type, false>(x, out, n, gradient);
   }
-  store_first<Type>(out + target, 1, splat(target_gradient(logp, g, h, entropy, inverse_tau)));
+  if (here) {
+    const float logp = logprob((x_target - max) * inverse_tau, log_sum);
+    store_first<Type>(out + target, 1, splat(target_gradient(logp, g, h, entropy, inverse_tau)));
+  }
 }
 
 // Threads are worth their start only from some amount of work on.

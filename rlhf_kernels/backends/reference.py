@@ -43,7 +43,7 @@ def token_logprobs_forward(
 
     The normalization is what the backward needs to find log-probabilities again: the largest logit,
     and the logarithm of the sum of exp((z - max)/τ). Their sum, the log-sum-exp, would lose digits
-    where logits are large.
+    where logits are large. A row whose target is `checks.ELSEWHERE` has log-probability 0.
     """
     checks.targets_in_range(targets, logits.shape[1], ignore_index)
     ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
@@ -53,7 +53,8 @@ def token_logprobs_forward(
     normalizer = exponentials.sum(dim=-1)
     log_normalizer = normalizer.log()
     picked = shifted.gather(1, safe_targets[:, None]).squeeze(1)
-    logprobs = torch.where(ignored, 0.0, picked - log_normalizer)
+    without_target = ignored | (targets == checks.ELSEWHERE)
+    logprobs = torch.where(without_target, 0.0, picked - log_normalizer)
     entropy = None
     if need_entropy:
         # 0 · (−inf) counts as 0; a NaN probability stays NaN.
@@ -73,7 +74,10 @@ def token_logprobs_backward(
     entropy: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
+    """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself.
+
+    Rows whose target is `checks.ELSEWHERE` have no column with the target's term.
+    """
     ignored, safe_targets = _split_targets(targets, logits.shape[1], ignore_index)
     maximum, log_normalizer = normalization.unbind(dim=1)
     logp = _shifted(logits, maximum, temperature).sub_(log_normalizer[:, None])
@@ -84,7 +88,8 @@ def token_logprobs_backward(
         assert entropy is not None, "an entropy gradient needs the forward's entropy"
         spread = torch.where(probabilities == 0, 0.0, probabilities * (logp + entropy[:, None]))
         grad -= grad_entropy.to(logp.dtype)[:, None] * spread
-    grad.scatter_add_(1, safe_targets[:, None], upstream)
+    target_term = torch.where((targets == checks.ELSEWHERE)[:, None], 0.0, upstream)
+    grad.scatter_add_(1, safe_targets[:, None], target_term)
     grad /= temperature[:, None] if isinstance(temperature, Tensor) else temperature
     grad = torch.where(ignored[:, None], 0.0, grad)
     return grad.to(logits.dtype) if out is None else out.copy_(grad)
@@ -128,7 +133,7 @@ def ppo_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy."""
     zero = logprobs.new_zeros(())
-    weights = _aggregation_weights(mask, config.aggregation, normalizer, logprobs.dtype)
+    weights = aggregation_weights(mask, config.aggregation, normalizer, logprobs.dtype)
     count = mask.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
@@ -245,7 +250,7 @@ def _split_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> tuple
     return ignored, torch.where(ignored, 0, targets).clamp(0, vocabulary - 1)
 
 
-def _aggregation_weights(
+def aggregation_weights(
     mask: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What each token's loss is multiplied by before the sum; 0 at masked places."""

@@ -23,18 +23,22 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    eager: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register `rlhf_kernels::name` and return the function that calls it the cheapest way.
 
     forward: runs on real tensors; its annotations are the schema. fake: the outputs' shapes.
     setup_context, backward: as in `torch.autograd.Function`; without them: not differentiable.
+    eager: what eager mode calls, where it is not an autograd function of these.
     """
     operator = torch.library.custom_op(f"rlhf_kernels::{name}", forward, mutates_args=())
     operator.register_fake(fake)
-    eager = forward
     if backward is not None:
         operator.register_autograd(backward, setup_context=setup_context)
-        eager = _autograd_function(name, forward, setup_context, backward).apply
+    if eager is None:
+        eager = forward
+        if backward is not None:
+            eager = autograd_function(name, forward, setup_context, backward).apply
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
         if type(first) not in _PLAIN or _observed():
@@ -57,9 +61,11 @@ def _observed() -> bool:
     )
 
 
-def _autograd_function(
+def autograd_function(
     name: str, forward: Callable[..., Any], setup_context: Any, backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
+    """An autograd function whose second derivative raises."""
+
     # One function for both: a separate setup_context makes `apply` bind a signature every call.
     def forward_with_context(ctx: Any, *inputs: Any) -> Any:
         output = forward(*inputs)

@@ -11,7 +11,7 @@ from rlhf_kernels import backends
 from rlhf_kernels.ops import define
 from rlhf_kernels.ppo_types import NUM_STATS, PPOLossConfig
 
-_config = functools.lru_cache(maxsize=64)(PPOLossConfig)
+loss_config = functools.lru_cache(maxsize=64)(PPOLossConfig)
 
 
 def _forward(
@@ -34,7 +34,7 @@ def _forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chosen = backends.choose("ppo_loss_forward", logprobs, backend)
-    config = _config(
+    config = loss_config(
         clip_range,
         clip_range_high,
         dual_clip,

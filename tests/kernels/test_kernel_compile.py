@@ -45,7 +45,7 @@ def test_opcheck_token_logprobs(backend, need_entropy, per_row):
 def test_opcheck_linear(backend, with_bias):
     hidden, weight = normal(4, 3, seed=1), normal(7, 3, seed=2)
     bias = normal(7, seed=3) if with_bias else None
-    tail = (torch.float32, 2, backend)
+    tail = (torch.float32, 2, None, backend)
     leaves = [x if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs.default,
@@ -60,6 +60,28 @@ def test_opcheck_linear(backend, with_bias):
             *(hidden, weight, bias, TARGETS, g, None, 0.7, None, -100, normalization, None),
             *tail,
             [True, True, with_bias],
+        ),
+    )
+
+
+@pytest.mark.parametrize("backend", ROW_BACKENDS)
+@pytest.mark.parametrize("needed", [[True, True, True], [True, False, False], [False] * 3])
+def test_opcheck_linear_losses(backend, needed):
+    leaves = [normal(4, 3, seed=1), normal(7, 3, seed=2), normal(7, seed=3)]
+    for leaf, need in zip(leaves, needed):
+        leaf.requires_grad_(need)
+    tail = (torch.float32, 2, None, backend, needed)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.linear_cross_entropy.default,
+        (*leaves, TARGETS, -100, torch.tensor(3.0), True, *tail),
+    )
+    old, advantages = -normal(2, 2, seed=4).abs() - 2, normal(2, 2, seed=5)
+    mask = (TARGETS != -100).view(2, 2)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.linear_ppo_loss.default,
+        (
+            *(*leaves, TARGETS, old, advantages, mask, 0.7, None, -100, None),
+            *(0.2, None, None, 0.01, "seq-mean-token-mean", *tail),
         ),
     )
 
