@@ -54,7 +54,8 @@ def _state(name: str) -> str:
         return f"not available: {reason}"
     # A compiled backend says what it was built for and which code this machine runs.
     describe = getattr(backends.load(name), "describe", None)
-    return "available" if describe is None else f"available: {describe()}"
+    by_name = "" if backends.BACKENDS[name].default else ", by name only"
+    return f"available{by_name}" if describe is None else f"available{by_name}: {describe()}"
 
 
 def _runs(primitive: str, device: str, forced: str | None) -> str:

@@ -5,7 +5,8 @@ imported when it is first used. The choice, in this order:
 
 1. the `backend=` argument; 2. the environment variable `RLHF_KERNELS_BACKEND`;
 3. the default: `cpu` for CPU tensors where it is built and implements the primitive for the
-   dtype, else `reference`.
+   dtype, else `reference`. `triton` runs by name only: a GPU kernel becomes a default
+   (`BackendSpec.default`) once a GPU has confirmed its results and its speed.
 
 A backend that was asked for by name (1 or 2) and cannot do the work raises; it is never replaced.
 """
@@ -40,6 +41,13 @@ class BackendSpec(NamedTuple):
     module: str
     devices: frozenset[str] | None
     dtypes: frozenset[torch.dtype] | None
+    default: bool = True  # False: runs only where it is asked for by name
+
+
+def _triton_devices() -> frozenset[str]:
+    """GPUs; CPU tensors too where Triton is told to interpret its kernels."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return frozenset({"cuda", "cpu"} if interpreted else {"cuda"})
 
 
 _ROW_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -47,6 +55,9 @@ _ROW_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # In the order of preference; `reference` runs everything everywhere and stands last.
 BACKENDS: dict[str, BackendSpec] = {
     "cpu": BackendSpec("rlhf_kernels.backends.cpu", frozenset({"cpu"}), _ROW_DTYPES),
+    "triton": BackendSpec(
+        "rlhf_kernels.backends.triton", _triton_devices(), _ROW_DTYPES, default=False
+    ),
     "reference": BackendSpec("rlhf_kernels.backends.reference", None, None),
 }
 
@@ -95,7 +106,7 @@ def choose_composed(operation: str, tensor: torch.Tensor, requested: str | None)
 def default(primitive: str, device: str, dtype: torch.dtype) -> ModuleType:
     """The backend that runs `primitive` where none is asked for."""
     for name in BACKENDS:
-        if _mismatch(name, device, dtype) is not None:
+        if not BACKENDS[name].default or _mismatch(name, device, dtype) is not None:
             continue
         if unavailable_reason(name) is not None:
             _warn_missing(name)
