@@ -1,0 +1,82 @@
+"""The command: which cases, in what order, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlhf_kernels.bench import machine, operations, plots, report
+from rlhf_kernels.bench.operation import Case, Grid, Operation
+from rlhf_kernels.bench.runner import measure
+from rlhf_kernels.bench.timing import warn_if_busy
+
+# Llama 2, SmolLM2, Llama 3, Qwen 2.5, Gemma 3.
+VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
+GRIDS = {
+    "cpu": Grid("cpu", 256, 576, VOCABULARIES, ("float32", "bfloat16")),
+    "cuda": Grid("cuda", 8192, 4096, VOCABULARIES, ("bfloat16", "float32")),
+}
+_TURNS, _SECONDS_A_CASE = 15, 3.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the options, run the cases, write what was found after each."""
+    options = _parser().parse_args(arguments)
+    torch.manual_seed(0)
+    grid = _grid(options)
+    about = machine.machine()
+    machine.print_machine(about)
+    warn_if_busy()
+    rows: list[report.Row] = []
+    for operation, case in _cases(options.operations, grid):
+        turns = 3 if options.quick else _TURNS
+        rows += measure(operation, case, turns=turns, seconds=_SECONDS_A_CASE).rows
+        report.write_csv(options.output / "bench.csv", rows)
+        report.write_json(options.output / "bench.json", about, rows)
+    try:
+        drawn = plots.write_plots(options.output, rows)
+        print(f"\nwritten to {options.output}: bench.csv, bench.json, {len(drawn)} plots")
+    except ImportError as error:
+        print(f"\nwritten to {options.output}: bench.csv, bench.json; no plots: {error}")
+
+
+def _cases(names: Sequence[str], grid: Grid) -> Iterator[tuple[Operation, Case]]:
+    for name in names:
+        operation = operations.load(name)
+        for case in operation.cases(grid):
+            yield operation, case
+
+
+def _grid(options: argparse.Namespace) -> Grid:
+    grid = GRIDS[options.device]
+    if options.quick:
+        grid = replace(grid, rows=64, hidden=64, vocabularies=(32_000,), sequences=(8, 128))
+    return replace(
+        grid,
+        rows=options.rows or grid.rows,
+        hidden=options.hidden or grid.hidden,
+        vocabularies=tuple(options.vocabularies or grid.vocabularies),
+        dtypes=tuple(options.dtypes or grid.dtypes),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_kernels.bench",
+        description="Times the operations of rlhf_kernels beside PyTorch and the peers installed.",
+    )
+    add = parser.add_argument
+    names = operations.OPERATIONS
+    add("--operations", nargs="+", choices=names, default=names, metavar="NAME")
+    add("--device", choices=GRIDS, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--vocabularies", nargs="+", type=int, metavar="V", help="default: those of five models")
+    add("--rows", type=int, metavar="N", help="tokens; default: 256 on a CPU, 8192 on a GPU")
+    add("--hidden", type=int, metavar="H", help="default: 576 on a CPU, 4096 on a GPU")
+    add("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE")
+    add("--quick", action="store_true", help="one small vocabulary, three turns")
+    add("--output", type=Path, default=Path("runs/bench"), help="folder; default: runs/bench")
+    return parser

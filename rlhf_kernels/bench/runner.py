@@ -1,0 +1,82 @@
+"""One case from its data to its rows: memory, timing, table."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from rlhf_kernels.bench import machine, memory, report
+from rlhf_kernels.bench.memory import Memory
+from rlhf_kernels.bench.operation import Case, Operation
+from rlhf_kernels.bench.timing import Comparison, compare, reason
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found: the rows, and for ratios the comparison and memory they came from.
+
+    floors: the names of the floors. absent: why a name has no timing.
+    """
+
+    rows: list[report.Row]
+    comparison: Comparison | None = None
+    floors: list[str] = field(default_factory=list)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def measure(
+    operation: Operation,
+    case: Case,
+    *,
+    turns: int,
+    warmup: int = 2,
+    seconds: float | None = None,
+    only: Collection[str] | None = None,
+    with_memory: bool = True,
+) -> Result:
+    """Time a case's variants, print the table; say so where the case does not fit in memory.
+
+    only: the variants that take part beside the floors; None: all.
+    """
+    needed, available = operation.memory(case), machine.available_memory(case.device)
+    if available is not None and needed > 0.8 * available:
+        why = f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+        return _nothing(case, f"skipped: {why}")
+    used: dict[str, Memory] = {}
+    if with_memory and case.device == "cpu":
+        used = memory.in_a_fresh_process(case, only)
+    torch.compiler.reset()  # each size is compiled for itself, and the compiler counts
+    try:
+        plan = operation.plan(case)
+    except Exception as error:  # out of memory, say; the next case may fit
+        return _nothing(case, f"failed: {reason(error)}")
+    floors = plan.floors()
+    variants = [v for v in plan.variants if v.floor or only is None or v.name in only]
+    comparison = compare(
+        case.title,
+        variants,
+        turns=turns,
+        warmup=warmup,
+        calls_per_turn=operation.calls_per_turn,
+        device=case.device,
+        seconds=seconds,
+    )
+    if with_memory and case.device == "cuda":
+        timed = [v for v in variants if v.name in comparison.samples and not v.floor]
+        used = memory.of_the_allocator(timed)
+    absent = {**plan.missing, **comparison.failures}
+    rows = report.rows(operation, case, comparison, floors, plan.missing, used)
+    report.print_rows(case.title, rows)
+    del plan, variants
+    gc.collect()
+    return Result(rows, comparison, floors, used, absent)
+
+
+def _nothing(case: Case, why: str) -> Result:
+    row = report.not_run(case, why)
+    report.print_rows(case.title, [row])
+    return Result([row], absent={"all": why})
