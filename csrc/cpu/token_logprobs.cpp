@@ -168,7 +168,6 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   auto* out = static_cast<typename Type::Element*>(args.grad) + row * args.grad_row_stride;
   const float g = args.grad_logprobs[row];
   const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
-  if (args.grad_is_fresh) populate_pages(out, size_t(n) * sizeof(*out));
   if (target == args.ignore_index) {
     memset(out, 0, size_t(n) * sizeof(*out));
     return;
@@ -206,7 +205,12 @@ void forward(const TokenLogprobsForward& args) {
 
 template <class Type>
 void backward(const TokenLogprobsBackward& args) {
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads_for(args.logits, args.threads))
+  const int threads = threads_for(args.logits, args.threads);
+  if (args.grad_is_fresh) {
+    const int64_t elements = args.logits.rows * args.grad_row_stride;
+    provide_pages(args.grad, size_t(elements) * sizeof(typename Type::Element), threads);
+  }
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t row = 0; row < args.logits.rows; ++row) backward_row<Type>(args, row);
 }
 
