@@ -1,0 +1,306 @@
+"""A vocabulary split over two processes gives what one process gives; FSDP2 and DDP around it."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from kernel_cases import EPS, close, gradient_tolerance, normal, random_mask, row_tolerance, within
+from torch import Tensor, nn
+
+from rlhf_kernels import (
+    PPOLossConfig,
+    checks,
+    linear_cross_entropy,
+    linear_ppo_loss,
+    linear_token_logprobs,
+)
+from rlhf_kernels.backends import BACKENDS, load, unavailable_reason
+
+WORLD = 2
+WIDTH, VOCABULARY, FIRST = 6, 23, 15  # rank 0 has 15 columns, rank 1 has 8
+SHAPE = (4, 5)
+BACKEND_NAMES = [name for name in ("reference", "cpu") if unavailable_reason(name) is None]
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    mask = random_mask(*SHAPE)
+    targets = torch.arange(20).view(SHAPE) * 5 % VOCABULARY
+    return {
+        "hidden": normal(*SHAPE, WIDTH, seed=1).to(dtype),
+        "weight": normal(VOCABULARY, WIDTH, seed=2).to(dtype),
+        "bias": normal(VOCABULARY, seed=3).to(dtype),
+        "targets": torch.where(mask, targets, -100),
+        "old": -normal(*SHAPE, seed=4).abs() - 2,
+        "advantages": normal(*SHAPE, seed=5),
+        "mask": mask,
+        "temperature": normal(*SHAPE, seed=6).abs() + 0.5,
+    }
+
+
+def compute(backend: str, x: dict[str, Tensor], group: Any = None) -> dict[str, Tensor]:
+    """Values and gradients of all three operations."""
+    leaves = [x[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    shared = {"bias": bias, "chunk_size": 3, "group": group, "backend": backend}
+    logprobs, entropy = linear_token_logprobs(
+        hidden,
+        weight,
+        x["targets"],
+        temperature=x["temperature"],
+        return_entropy=True,
+        **shared,
+    )
+    cross_entropy = linear_cross_entropy(hidden, weight, x["targets"], **shared)
+    ppo, stats = linear_ppo_loss(
+        hidden,
+        weight,
+        x["targets"],
+        x["old"],
+        x["advantages"],
+        x["mask"],
+        config=PPOLossConfig(entropy_coef=0.1),
+        **shared,
+    )
+    found = {
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "cross_entropy": cross_entropy,
+        "ppo": ppo,
+        "stats": torch.stack(stats),
+    }
+    both = (logprobs * x["advantages"] + entropy * x["old"]).sum()
+    for name, value in (("logprobs", both), ("cross_entropy", cross_entropy), ("ppo", ppo)):
+        gradients = torch.autograd.grad(value, leaves)
+        for leaf, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True):
+            found[f"{name} by {leaf}"] = gradient
+    return {name: value.detach() for name, value in found.items()}
+
+
+def part(x: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    mine = slice(0, FIRST) if rank == 0 else slice(FIRST, None)
+    return {**x, "weight": x["weight"][mine], "bias": x["bias"][mine]}
+
+
+def empty_part() -> dict[str, Tensor]:
+    """All columns of rank 1 are -inf: probability 0, for some targets too."""
+    x = inputs()
+    x["bias"][FIRST:] = -torch.inf
+    return x
+
+
+def run_group(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
+    )
+    found: dict[str, Any] = {}
+    for backend in BACKEND_NAMES:
+        found[backend] = compute(backend, part(inputs(), rank), dist.group.WORLD)
+        found[f"{backend} bfloat16"] = compute(
+            backend, part(inputs(torch.bfloat16), rank), dist.group.WORLD
+        )
+        x = part(empty_part(), rank)
+        found[f"{backend} empty"] = torch.stack(
+            linear_token_logprobs(
+                x["hidden"],
+                x["weight"],
+                x["targets"],
+                bias=x["bias"],
+                return_entropy=True,
+                group=dist.group.WORLD,
+                backend=backend,
+            )
+        )
+    found["float64"] = compute("reference", part(inputs(torch.float64), rank), dist.group.WORLD)
+    found["compiled"] = compiled_cross_entropy(part(inputs(), rank), dist.group.WORLD)
+    found["out of range"] = out_of_range(part(inputs(), rank), dist.group.WORLD)
+    found["fsdp"], found["fsdp error"] = with_fsdp(rank)
+    found["ddp"] = with_ddp(rank)
+    torch.save(found, Path(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def compiled_cross_entropy(x: dict[str, Tensor], group: Any) -> Tensor:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, x["targets"], bias=x["bias"], group=group)
+
+    hidden = x["hidden"].clone().requires_grad_()
+    return torch.autograd.grad(loss(hidden, x["weight"]), hidden)[0]
+
+
+def out_of_range(x: dict[str, Tensor], group: Any) -> str:
+    targets = x["targets"].clone()
+    targets[0, 1] = VOCABULARY
+    try:
+        linear_cross_entropy(x["hidden"], x["weight"], targets, bias=x["bias"], group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        with torch.no_grad():
+            self.lm_head.weight.copy_(inputs()["weight"])
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction="sum")
+
+
+def own_rows(rank: int) -> tuple[Tensor, Tensor]:
+    x = inputs()
+    return x["hidden"][rank::WORLD], x["targets"][rank::WORLD]
+
+
+def with_fsdp(rank: int) -> tuple[Tensor, str]:
+    """The gradient of a sharded lm_head, gathered, and what a weight not gathered raises."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Head()
+    fully_shard(model)
+    hidden, targets = own_rows(rank)
+    try:
+        linear_cross_entropy(hidden, model.lm_head.weight, targets)
+        message = ""
+    except TypeError as error:
+        message = str(error)
+    model(hidden, targets).backward()
+    return model.lm_head.weight.grad.full_tensor(), message
+
+
+def with_ddp(rank: int) -> Tensor:
+    model = nn.parallel.DistributedDataParallel(Head())
+    model(*own_rows(rank)).backward()
+    return model.module.lm_head.weight.grad
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_group, (port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def whole_of(ranks: list[dict[str, Any]], case: str, name: str) -> Tensor:
+    """What belongs to weight and bias is in parts; all else every rank has, to the bit."""
+    parts = [found[case][name] for found in ranks]
+    if name.endswith(("by weight", "by bias")):
+        return torch.cat(parts)
+    assert torch.equal(*parts)
+    return parts[0]
+
+
+def test_float64_is_the_unsplit_result(ranks):
+    expected = compute("reference", inputs(torch.float64))
+    for name, value in expected.items():
+        # Sums of up to 23 terms, and products of up to 20, of about unit size.
+        close(whole_of(ranks, "float64", name), value, 1e3 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_float32_is_the_unsplit_result(ranks, backend):
+    x = inputs()
+    expected = compute("reference", inputs(torch.float64))
+    logits = (x["hidden"] @ x["weight"].T + x["bias"]).flatten(0, 1)
+    tau = x["temperature"].flatten()
+    error = 4 * row_tolerance(logits, tau)
+    for name in ("logprobs", "entropy"):
+        close(whole_of(ranks, backend, name), expected[name], error)
+    # Sums over the 20 rows of terms of that error, weighed by advantages, probabilities and
+    # hidden states or weights, none of which is above 4; ratios are off by the same relative part.
+    scale = 20 * 4 * 4 * (1 + float(expected["stats"].abs().max()))
+    for name in expected:
+        close(whole_of(ranks, backend, name), expected[name], scale * error)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_bfloat16_is_the_unsplit_result(ranks, backend):
+    x = inputs(torch.bfloat16)
+    expected = compute(backend, x)
+    # The same products of the same numbers: splitting moves float32 roundings alone, which can move
+    # a rounding to bfloat16 by one unit of the logits', their gradient's and the result's.
+    eps = torch.finfo(torch.bfloat16).eps
+    for name, value in expected.items():
+        close(whole_of(ranks, f"{backend} bfloat16", name), value, 4 * eps, rtol=2 * eps)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_a_part_of_nothing_but_impossible_tokens(ranks, backend):
+    """Its columns add nothing, and a target among them has log-probability -inf."""
+    x = empty_part()
+    expected = torch.stack(
+        linear_token_logprobs(
+            x["hidden"].double(),
+            x["weight"].double(),
+            x["targets"],
+            bias=x["bias"].double(),
+            return_entropy=True,
+            backend="reference",
+        )
+    )
+    assert (expected == -torch.inf).any()
+    found = whole_of([{"x": {"y": r[f"{backend} empty"]}} for r in ranks], "x", "y")
+    logits = (x["hidden"] @ x["weight"].T).flatten(0, 1)
+    close(found, expected, 4 * row_tolerance(logits))
+
+
+def test_compiles(ranks):
+    expected = compute("reference", inputs(torch.float64))["cross_entropy by hidden"]
+    for found in ranks:
+        close(found["compiled"], expected, 64 * EPS)
+
+
+def test_a_target_outside_the_whole_vocabulary_is_named(ranks):
+    for found in ranks:
+        assert f"targets holds {VOCABULARY} at flat row 1" in found["out of range"]
+        assert f"[0, {VOCABULARY})" in found["out of range"]
+
+
+def test_under_fsdp2_and_ddp(ranks):
+    """Both average over ranks: half of the sum of the losses of all rows."""
+    x = inputs()
+    weight = x["weight"].double().requires_grad_()
+    linear_cross_entropy(x["hidden"].double(), weight, x["targets"], reduction="sum").backward()
+    logits = (x["hidden"].double() @ x["weight"].double().T).flatten(0, 1)
+    ones = torch.ones(20)
+    of_logits = gradient_tolerance(logits, x["targets"].flatten(), 1.0, ones)
+    sizes = x["hidden"].flatten(0, 1).abs().double()
+    bound = of_logits.T @ sizes + 24 * EPS * sizes.sum(0)
+    for found in ranks:
+        for way in ("fsdp", "ddp"):
+            within(found[way], weight.grad / WORLD, bound)
+        assert "weight is a DTensor" in found["fsdp error"]
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if unavailable_reason(name) is None])
+def test_rows_whose_target_is_elsewhere(name):
+    """Their softmax counts, no column is the target's, and the log-probability is 0."""
+    kernels, logits = load(name), normal(3, 11, seed=7)
+    targets = torch.tensor([4, checks.ELSEWHERE, -100])
+    g, h = normal(3, seed=8), normal(3, seed=9)
+    placeholder = torch.tensor([4, 0, -100])
+    logprobs, entropy, normalization = kernels.token_logprobs_forward(
+        logits, targets, 0.7, -100, True
+    )
+    same = kernels.token_logprobs_forward(logits, placeholder, 0.7, -100, True)
+    assert logprobs[1] == 0 and torch.equal(logprobs[[0, 2]], same[0][[0, 2]])
+    assert torch.equal(entropy, same[1]) and torch.equal(normalization, same[2])
+    arguments = (g, h, logits)
+    rest = (0.7, -100, normalization, entropy)
+    gradient = kernels.token_logprobs_backward(*arguments, targets, *rest)
+    with_target = kernels.token_logprobs_backward(*arguments, placeholder, *rest)
+    assert torch.equal(gradient[:, 1:], with_target[:, 1:])
+    assert torch.equal(gradient[[0, 2]], with_target[[0, 2]])
+    # What the target adds to its column is g/τ.
+    close(gradient[1, 0] + g[1] / 0.7, with_target[1, 0], 4 * EPS * float(g[1].abs()) / 0.7)
