@@ -205,5 +205,5 @@ def load_average() -> float | None:
 def _timing(name: str, samples: list[float]) -> Timing:
     if len(samples) == 1:
         return Timing(name, samples[0], samples[0], samples[0], 1)
-    lower, median, upper = statistics.quantiles(samples, n=4)
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(name, median, lower, upper, len(samples))
