@@ -160,9 +160,11 @@ def own_rows(rank: int) -> tuple[Tensor, Tensor]:
     return x["hidden"][rank::WORLD], x["targets"][rank::WORLD]
 
 
-def with_fsdp(rank: int) -> tuple[Tensor, str]:
-    """The gradient of a sharded lm_head, gathered, and what a weight not gathered raises."""
+def with_fsdp(rank: int) -> tuple[list[Tensor], str]:
+    """The gradients of a sharded lm_head, gathered, inside its module's forward and by hand; and
+    what a weight not gathered raises."""
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Partial
 
     model = Head()
     fully_shard(model)
@@ -173,7 +175,12 @@ def with_fsdp(rank: int) -> tuple[Tensor, str]:
     except TypeError as error:
         message = str(error)
     model(hidden, targets).backward()
-    return model.lm_head.weight.grad.full_tensor(), message
+    inside = model.lm_head.weight.grad.full_tensor()
+    model.reshard()
+    model.lm_head.weight.grad = None
+    whole = model.lm_head.weight.full_tensor(grad_placements=[Partial("avg")])
+    linear_cross_entropy(hidden, whole, targets, reduction="sum").backward()
+    return [inside, model.lm_head.weight.grad.full_tensor()], message
 
 
 def with_ddp(rank: int) -> Tensor:
@@ -278,8 +285,8 @@ def test_under_fsdp2_and_ddp(ranks):
     sizes = x["hidden"].flatten(0, 1).abs().double()
     bound = of_logits.T @ sizes + 24 * EPS * sizes.sum(0)
     for found in ranks:
-        for way in ("fsdp", "ddp"):
-            within(found[way], weight.grad / WORLD, bound)
+        for gradient in (*found["fsdp"], found["ddp"]):
+            within(gradient, weight.grad / WORLD, bound)
         assert "weight is a DTensor" in found["fsdp error"]
 
 
