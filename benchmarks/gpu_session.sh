@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Everything worth doing with a GPU that is at hand for half an hour: build, conformance suite on every
-# backend, benchmarks, a short PPO run. No arguments; a part that fails does not stop the others.
-# Logs and figures go to $OUT (default: benchmarks/results/gpu); it ends with a table.
+# backend, the GPU targets, the benchmark grid, a short PPO run. No arguments; a part that fails does not
+# stop the others. PARTS="build targets" runs some of the parts only, where one session must be short.
+# Logs and figures go to $OUT (default: benchmarks/results/gpu); it ends with a table. Installs nothing:
+# peers that are missing are named in the tables.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
+PARTS=${PARTS:-build info conformance targets grid ppo}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 names=() results=() seconds=()
@@ -13,6 +16,7 @@ names=() results=() seconds=()
 part() { # part NAME LIMIT_SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS
     shift 2
+    [[ " $PARTS " == *" $name "* ]] || return 0
     echo "== $name: $*"
     timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
     local status=$?
@@ -25,11 +29,17 @@ part() { # part NAME LIMIT_SECONDS COMMAND...
     esac
 }
 
-part build 300 "$PYTHON" setup.py build_ext --inplace
-part info 60 "$PYTHON" -m rlhf_kernels.info
-part conformance 480 "$PYTHON" -m pytest tests/kernels -q
-part benchmarks 420 "$PYTHON" -m benchmarks.foundation --output "$OUT/foundation.json"
-part ppo 240 "$PYTHON" -m pytest tests/ppo -q
+# The limits add up to 27 minutes. The grid writes what it has after each case.
+part build 240 "$PYTHON" setup.py build_ext --inplace
+part info 30 "$PYTHON" -m rlhf_kernels.info
+part targets 300 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
+part conformance 420 "$PYTHON" -m pytest tests/kernels -q
+grid=$(mktemp -d)
+part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
+cp "$grid"/bench.csv "$grid"/bench.json "$OUT" 2>/dev/null
+compgen -G "$grid/*.png" >/dev/null && tar -czf "$OUT/plots.tgz" -C "$grid" .
+rm -r "$grid"
+part ppo 180 "$PYTHON" -m pytest tests/ppo -q
 
 {
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

@@ -36,6 +36,7 @@ COMPILED, EAGER = "torch.compile", "eager"
 # Those that targets speak of, beside ours; the others are in `python -m rlhf_kernels.bench`.
 PEERS = ("liger cross_entropy", TRL, "flash-attn cross_entropy_loss", "quack cross_entropy")
 MIB = 2**20
+QUICK_SIZE = 512
 
 
 class Session:
@@ -59,7 +60,7 @@ class Session:
     ) -> tuple[Result, str, str | None]:
         """The result, the name of ours in it and of the fastest floor."""
         if self.quick:
-            sizes = {name: min(size, 512) for name, size in sizes.items()}
+            sizes = {name: min(size, QUICK_SIZE) for name, size in sizes.items()}
         case = Case(operation, direction, sizes, dtype, self.device)
         loaded = operations.load(operation)
         own = ours(default_backend(loaded, case))

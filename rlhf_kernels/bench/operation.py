@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -143,7 +144,9 @@ def default_backend(operation: Operation, case: Case) -> str:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    """`torch.compile`, when it is first called: the compiler's import alone takes seconds."""
+    once = functools.cache(lambda: torch.compile(function, dynamic=False, fullgraph=True))
+    return lambda *arguments: once()(*arguments)
 
 
 def gradients(result: Any, upstream: Tensor | None, leaves: list[Tensor]) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ def compare(
     Each turn starts with another variant, and the calls are numbered through: who rotates buffers
     by that number never finds what the call before, its own or another variant's, left in a cache.
     A variant that raises is named in `failures` and takes no further part. After three turns no
-    new one begins once `seconds` have passed.
+    new one begins once `seconds` have passed. warmup: calls before the first turn, at least 1.
     """
     failures: dict[str, str] = {}
     runs = _warm_up(variants, warmup, device, failures)
