@@ -14,7 +14,7 @@ from rlhf_kernels import PPOLossConfig
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to(torch.float64).numpy()
+    return tensor.detach().cpu().to(torch.float64).numpy()
 
 
 def token_logprobs(

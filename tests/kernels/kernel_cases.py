@@ -19,6 +19,28 @@ EPS = torch.finfo(torch.float32).eps
 ROW_PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward")
 
 
+# Whether Triton's kernels are interpreted, on CPU tensors: see `make test`.
+INTERPRETED = "cpu" in (backends.BACKENDS["triton"].devices or ())
+
+
+def device_of(backend: str | None) -> str:
+    """Where the tests of a backend have their tensors; None: the default backend."""
+    devices = None if backend is None else backends.BACKENDS[backend].devices
+    return "cpu" if devices is None or "cpu" in devices else "cuda"
+
+
+def here(tensor: Tensor) -> Tensor:
+    """A CPU tensor, random so that it is the same everywhere, on the device of the test."""
+    return tensor.to(torch.empty(0).device)
+
+
+def on_cpu(numbers: Tensor | np.ndarray | float) -> Tensor:
+    """In float64, to be compared."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().cpu()
+    return torch.as_tensor(numbers, dtype=torch.float64, device="cpu")
+
+
 def backends_for(*primitives: str) -> list[str]:
     """Every backend of this machine that implements all of these primitives."""
     return [
@@ -36,9 +58,9 @@ def row_tolerance(logits: Tensor, temperature: float | Tensor = 1.0) -> float:
     the size of the scaled logits (4 roundings); exp and log are good to a few ulp, and a sum of V
     positive terms by S running sums rounds V/S times, about sqrt(V) in effect.
     """
-    finite = torch.nan_to_num(logits.detach().double(), neginf=0.0, posinf=0.0)
+    finite = torch.nan_to_num(on_cpu(logits), neginf=0.0, posinf=0.0)
     if isinstance(temperature, Tensor):
-        finite = finite / temperature.double().reshape(-1, 1)
+        finite = finite / on_cpu(temperature).reshape(-1, 1)
     else:
         finite = finite / temperature
     size = float(finite.abs().max()) if finite.numel() else 0.0
@@ -64,10 +86,10 @@ def gradient_tolerance(
     p_j below the smallest normal float is 0. `logit_error` is how far the logits themselves may be
     off, which moves z_j and the sum.
     """
-    z = logits.detach().double()
-    tau = temperature if not isinstance(temperature, Tensor) else temperature.double()[:, None]
-    g = torch.as_tensor(grad_logprobs).double().abs()[:, None]
-    h = torch.zeros_like(g) if grad_entropy is None else torch.as_tensor(grad_entropy).double()
+    z, targets = on_cpu(logits), targets.cpu()
+    tau = temperature if not isinstance(temperature, Tensor) else on_cpu(temperature)[:, None]
+    g = on_cpu(grad_logprobs).abs()[:, None]
+    h = torch.zeros_like(g) if grad_entropy is None else on_cpu(grad_entropy)
     h = h.abs().reshape(-1, 1)
     logp = (z / tau).log_softmax(-1)
     p = logp.exp()
@@ -89,25 +111,19 @@ def gradient_tolerance(
 def close(
     actual: Tensor, expected: Tensor | np.ndarray | float, atol: float, rtol: float = 0.0
 ) -> None:
-    if isinstance(expected, Tensor):
-        expected = expected.detach()
     torch.testing.assert_close(
-        actual.detach().double(),
-        torch.as_tensor(expected, dtype=torch.float64),
-        atol=atol,
-        rtol=rtol,
-        equal_nan=True,
+        on_cpu(actual), on_cpu(expected), atol=atol, rtol=rtol, equal_nan=True
     )
 
 
 def within(actual: Tensor, expected: Tensor | np.ndarray, bound: Tensor) -> None:
     """Each element within its own bound; storing in a 16-bit type rounds once on top."""
-    expected = torch.as_tensor(expected, dtype=torch.float64)
+    expected, bound = on_cpu(expected), bound.cpu()
     if actual.dtype in (torch.bfloat16, torch.float16):
         info = torch.finfo(actual.dtype)
         # Half an eps of what was computed, or half the smallest subnormal.
         bound = bound + info.eps / 2 * (expected.abs() + bound) + info.smallest_normal * info.eps
-    error = (actual.detach().double() - expected).abs()
+    error = (on_cpu(actual) - expected).abs()
     worst = (error / bound.clamp(min=1e-300)).nan_to_num(nan=math.inf)
     assert (error <= bound).all(), f"an element is off by {float(worst.max()):.3g} times its bound"
 
@@ -115,7 +131,7 @@ def within(actual: Tensor, expected: Tensor | np.ndarray, bound: Tensor) -> None
 def random_mask(rows: int, length: int, seed: int = 0) -> Tensor:
     """Holes, left and right padding, a full row and (from three rows on) an empty one."""
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, length, generator=generator) < 0.7
+    mask = here(torch.rand(rows, length, generator=generator, device="cpu") < 0.7)
     if rows >= 1:
         mask[0] = True
     if rows >= 2:
@@ -137,7 +153,7 @@ def masks(draw: st.DrawFn, max_rows: int = 4, max_length: int = 9) -> Tensor:
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator)
+    return here(scale * torch.randn(*shape, generator=generator, device="cpu"))
 
 
 def ppo_inputs(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:

@@ -20,8 +20,12 @@ import rlhf_kernels as kernels
 from rlhf_kernels import PPOLossConfig
 
 ROW_BACKENDS = backends_for(*ROW_PRIMITIVES)
-TARGETS = torch.tensor([0, 4, -100, 2])
 CONFIG = (0.2, 0.3, 1.5, 0.2, 0.5, 0.01, "token-mean")
+
+
+def row_targets():
+    """Made in the test, where the default device is the backend's."""
+    return torch.tensor([0, 4, -100, 2])
 
 
 @pytest.mark.parametrize("backend", ROW_BACKENDS)
@@ -30,13 +34,13 @@ CONFIG = (0.2, 0.3, 1.5, 0.2, 0.5, 0.01, "token-mean")
 def test_opcheck_token_logprobs(backend, need_entropy, per_row):
     tau = torch.tensor([0.5, 1.0, 2.0, 1.0]) if per_row else None
     logits = normal(4, 7, seed=1).requires_grad_()
-    arguments = (logits, TARGETS, 0.7, tau, -100, need_entropy, backend)
+    arguments = (logits, row_targets(), 0.7, tau, -100, need_entropy, backend)
     torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, arguments)
     rows = normal(4, 7, seed=1)
     g, entropy = normal(4, seed=2), normal(4, seed=3).abs()
     normalization = torch.stack([rows.amax(1), (rows - rows.amax(1, True)).logsumexp(1)], 1)
     pair = (g, entropy) if need_entropy else (None, None)
-    backward = (rows, g, pair[0], TARGETS, 0.7, tau, -100, normalization, pair[1], backend)
+    backward = (rows, g, pair[0], row_targets(), 0.7, tau, -100, normalization, pair[1], backend)
     torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs_backward.default, backward)
 
 
@@ -49,7 +53,7 @@ def test_opcheck_linear(backend, with_bias):
     leaves = [x if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs.default,
-        (*leaves, TARGETS, 0.7, None, -100, True, *tail),
+        (*leaves, row_targets(), 0.7, None, -100, True, *tail),
     )
     logits = hidden @ weight.T
     normalization = torch.stack([logits.amax(1), (logits - logits.amax(1, True)).logsumexp(1)], 1)
@@ -57,7 +61,7 @@ def test_opcheck_linear(backend, with_bias):
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_token_logprobs_backward.default,
         (
-            *(hidden, weight, bias, TARGETS, g, None, 0.7, None, -100, normalization, None),
+            *(hidden, weight, bias, row_targets(), g, None, 0.7, None, -100, normalization, None),
             *tail,
             [True, True, with_bias],
         ),
@@ -73,17 +77,20 @@ def test_opcheck_linear_losses(backend, needed):
     tail = (torch.float32, 2, None, backend, needed)
     torch.library.opcheck(
         torch.ops.rlhf_kernels.linear_cross_entropy.default,
-        (*leaves, TARGETS, -100, torch.tensor(3.0), True, *tail),
+        (*leaves, row_targets(), -100, torch.tensor(3.0), True, *tail),
     )
     old, advantages = -normal(2, 2, seed=4).abs() - 2, normal(2, 2, seed=5)
-    mask = (TARGETS != -100).view(2, 2)
-    torch.library.opcheck(
-        torch.ops.rlhf_kernels.linear_ppo_loss.default,
-        (
-            *(*leaves, TARGETS, old, advantages, mask, 0.7, None, -100, None),
-            *(0.2, None, None, 0.01, "seq-mean-token-mean", *tail),
-        ),
-    )
+    mask = (row_targets() != -100).view(2, 2)
+    value, old_value, returns = (normal(2, 2, seed=seed) for seed in (6, 7, 8))
+    for values in ([None] * 3, [value.requires_grad_(), old_value, returns]):
+        torch.library.opcheck(
+            torch.ops.rlhf_kernels.linear_ppo_loss.default,
+            (
+                *(*leaves, values[0], row_targets(), old, advantages, mask, *values[1:]),
+                *(0.7, None, -100, None, 0.2, None, None, 0.2, 0.5, 0.01, "seq-mean-token-mean"),
+                *tail,
+            ),
+        )
 
 
 @pytest.mark.parametrize("backend", backends_for("gae_forward"))
@@ -197,8 +204,14 @@ def check_compiled(name, backend, compiler):
         close(a, b, 16 * EPS * (1 + float(b.abs().max())))
 
 
-@pytest.mark.parametrize("backend", ROW_BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+# What a program calls besides the row kernels.
+CALLS = {"ppo_loss": "ppo_loss_forward", "rollout_advantages": "gae_forward"}
+
+
+@pytest.mark.parametrize(
+    "name, backend",
+    [(n, b) for n in NAMES for b in backends_for(CALLS.get(n, ROW_PRIMITIVES[0]))],
+)
 def test_compiles_without_graph_breaks(name, backend):
     check_compiled(name, backend, "aot_eager")
 

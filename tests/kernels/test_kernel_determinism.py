@@ -4,33 +4,54 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import ROW_PRIMITIVES, backends_for, normal, ppo_inputs, random_mask
+from kernel_cases import (
+    INTERPRETED,
+    ROW_PRIMITIVES,
+    backends_for,
+    normal,
+    ppo_inputs,
+    random_mask,
+)
 
 import rlhf_kernels as kernels
 
 
 def results(backend: str) -> list[torch.Tensor]:
     """Every output and gradient of cases long enough to be divided among threads."""
-    # 300 rows: several for each thread. 131 × 1000 tokens: 32 of the blocks (4096 tokens) in which
-    # sums are taken, and beyond the 100,000 from which on gae divides its rows.
-    logits = normal(300, 333, seed=1).requires_grad_()
-    targets = torch.arange(300) % 333
+    tensors = results_of_rows(backend)
+    if backend in backends_for("gae_forward", "ppo_loss_forward"):
+        tensors += results_of_sequences(backend)
+    return [tensor.detach() for tensor in (*tensors, *results_of_linear(backend))]
+
+
+def results_of_rows(backend: str) -> list[torch.Tensor]:
+    # 300 rows: several for each thread; interpreted ones take milliseconds each.
+    rows = 30 if backend == "triton" and INTERPRETED else 300
+    logits = normal(rows, 333, seed=1).requires_grad_()
+    targets = torch.arange(rows) % 333
     logprobs, entropy = kernels.token_logprobs(
         logits, targets, return_entropy=True, backend=backend
     )
     (grad,) = torch.autograd.grad((logprobs * entropy).sum(), logits)
+    return [logprobs, entropy, grad]
+
+
+def results_of_sequences(backend: str) -> list[torch.Tensor]:
+    # 131 × 1000 tokens: 32 of the blocks (4096 tokens) in which sums are taken, and beyond the
+    # 100,000 from which on gae divides its rows.
     inputs, mask = ppo_inputs(131, 1000), random_mask(131, 1000)
     advantages, returns = kernels.gae(inputs["returns"], inputs["values"], mask, backend=backend)
     leaves = [inputs[n].requires_grad_() for n in ("logprobs", "values", "entropy")]
     loss, stats = kernels.ppo_loss(mask=mask, **inputs, backend=backend)
-    gradients = torch.autograd.grad(loss, leaves)
+    return [advantages, returns, loss, *stats, *torch.autograd.grad(loss, leaves)]
+
+
+def results_of_linear(backend: str) -> list[torch.Tensor]:
     hidden, weight = normal(60, 8, seed=3).requires_grad_(), normal(50, 8, seed=4).requires_grad_()
-    linear = kernels.linear_cross_entropy(
-        hidden, weight, targets[:60] % 50, chunk_size=16, backend=backend
+    loss = kernels.linear_cross_entropy(
+        hidden, weight, torch.arange(60) % 50, chunk_size=16, backend=backend
     )
-    of_linear = torch.autograd.grad(linear, (hidden, weight))
-    tensors = [logprobs, entropy, grad, advantages, returns, loss, *stats, *gradients]
-    return [tensor.detach() for tensor in (*tensors, linear, *of_linear)]
+    return [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
 
 def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 
 import float64_oracle as oracle
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
+    INTERPRETED,
     ROW_PRIMITIVES,
     backends_for,
     close,
+    device_of,
     gradient_tolerance,
+    here,
     normal,
     row_tolerance,
     within,
@@ -33,7 +37,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def case(rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0):
     logits = normal(rows, vocabulary, seed=seed, scale=3.0).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
-    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    targets = here(torch.randint(0, vocabulary, (rows,), generator=generator, device="cpu"))
     if rows > 2:
         targets[1] = -100
     return logits, targets
@@ -53,8 +57,8 @@ def check(logits, targets, temperature, backend, need_entropy=True):
         logits,
         targets,
         temperature,
-        grad_logprobs=g.double().numpy(),
-        grad_entropy=h.double().numpy() if need_entropy else None,
+        grad_logprobs=oracle.array(g),
+        grad_entropy=oracle.array(h) if need_entropy else None,
     )
     atol = row_tolerance(logits, temperature)
     close(logprobs, expected[0], atol)
@@ -215,11 +219,16 @@ def test_layouts(backend, layout):
     targets = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1]) % shape[-1]
     a = token_logprobs(view(through), targets, backend=backend)
     b = token_logprobs(view(plain).contiguous(), targets, backend=backend)
-    assert torch.equal(a, b)
     weights = normal(*targets.shape, seed=4)
     (of_view,) = torch.autograd.grad((a * weights).sum(), through)
     (of_copy,) = torch.autograd.grad((b * weights).sum(), plain)
-    assert torch.equal(of_view, of_copy)
+    if backend == "triton":  # sums up what stands between 16-byte boundaries first
+        atol = 2 * row_tolerance(base)
+        close(a, b, atol)
+        # Of probabilities, relative to them; up to 6 rows share an element.
+        close(of_view, of_copy, atol * 6 * float(weights.abs().max()))
+    else:
+        assert torch.equal(a, b) and torch.equal(of_view, of_copy)
 
 
 def test_leading_dimensions(backend):
@@ -238,6 +247,8 @@ def test_integer_targets_of_any_width(backend):
 
 @pytest.mark.parametrize("bad", [-1, 11, 2**40])
 def test_target_out_of_range(backend, bad):
+    if device_of(backend) != "cpu":
+        pytest.skip("looking at the targets would make the host wait for the GPU")
     logits, targets = case(4, 11, torch.float32)
     targets[2] = bad
     with pytest.raises(ValueError, match=rf"{bad}.*row 2"):
@@ -249,7 +260,7 @@ def test_only_one_output_is_used(backend):
     logits, targets = case(4, 13, torch.float32)
     logits.requires_grad_()
     logprobs, entropy = token_logprobs(logits, targets, return_entropy=True, backend=backend)
-    one, zero = torch.ones(4).double().numpy(), torch.zeros(4).double().numpy()
+    one, zero = np.ones(4), np.zeros(4)
     for output, (g, h) in ((logprobs, (one, zero)), (entropy, (zero, one))):
         (grad,) = torch.autograd.grad(output.sum(), logits, retain_graph=True)
         expected = oracle.token_logprobs(logits, targets, grad_logprobs=g, grad_entropy=h)[2]
@@ -279,6 +290,8 @@ def test_rows_do_not_depend_on_their_batch(backend):
 @pytest.mark.parametrize("rows, vocabulary", [(132, 65536), (132 * 4096, 16)])
 def test_a_gradient_on_new_pages(backend, rows, vocabulary):
     """33 MiB, which a kernel may have the system provide ahead of writing; wide or narrow rows."""
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("half a million interpreted programs, and no pages of their own")
     logits = normal(rows, vocabulary, seed=1).requires_grad_()
     targets = torch.arange(rows) % vocabulary
     logprobs = token_logprobs(logits, targets, backend=backend)
@@ -292,6 +305,8 @@ def test_more_than_2_to_the_31_elements(backend):
     """Every row is ignored but the last: 4.3 GB of addresses, whose memory is never touched."""
     if backend == "reference":
         pytest.skip("the reference backend reads ignored rows")
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("65539 interpreted programs; test_triton_rows.py reaches as far with two rows")
     logits = torch.empty(65539, 32768, dtype=torch.bfloat16)
     assert logits.numel() > 2**31
     logits[-1] = 0
