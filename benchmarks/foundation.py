@@ -36,7 +36,7 @@ FLOOR = "one read: sum(-1)"
 
 def _measure(operation: str, direction: str, sizes: dict[str, int], turns: int) -> Result:
     case = Case(operation, direction, sizes, "float32", "cpu")
-    return measure(operations.load(operation), case, turns=turns, only=VARIANTS, with_memory=False)
+    return measure(operations.load(operation), case, turns=turns, only=VARIANTS)
 
 
 def _targets(forward: Result, both: Result, advantages: Result, loss: Result) -> list[Target]:

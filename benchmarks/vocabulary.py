@@ -28,7 +28,7 @@ from rlhf_kernels.bench import operations
 from rlhf_kernels.bench.machine import machine, print_machine
 from rlhf_kernels.bench.operation import BOTH, FORWARD, Case, default_backend, ours
 from rlhf_kernels.bench.operations.token_logprobs import BACKWARD, ENTROPY
-from rlhf_kernels.bench.runner import Result, measure
+from rlhf_kernels.bench.runner import Result, measure, memory_of
 from rlhf_kernels.bench.timing import warn_if_busy
 
 TRL = "trl selective_log_softmax"
@@ -64,13 +64,15 @@ class Session:
         case = Case(operation, direction, sizes, dtype, self.device)
         loaded = operations.load(operation)
         own = ours(default_backend(loaded, case))
+        only = (own, own + ENTROPY, *others)
+        used = memory_of(loaded, [case], only) if with_memory else {}
         result = measure(
             loaded,
             case,
             turns=min(turns, 2) if self.quick else turns,
             warmup=1 if "H" in sizes else 2,
-            only=(own, own + ENTROPY, *others),
-            with_memory=with_memory,
+            only=only,
+            used=used.get(case.title),
         )
         self.results.append(result)
         floor = None if result.comparison is None else result.comparison.fastest(result.floors)

@@ -191,7 +191,7 @@ def test_a_missing_peer_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch
     assert offers == []
     assert missing["trl"].startswith("ModuleNotFoundError") and "trl" in missing["trl"]
     assert missing["liger"] == "runs on cuda alone"
-    rows = measure(operations.load("token_logprobs"), LOGITS, turns=1, with_memory=False).rows
+    rows = measure(operations.load("token_logprobs"), LOGITS, turns=1).rows
     (row,) = [row for row in rows if row.variant == "trl"]
     assert row.status.startswith("missing: ModuleNotFoundError") and row.median_ms is None
 
@@ -226,13 +226,13 @@ class Unfit(Operation):
 
 
 def test_a_case_that_does_not_fit_is_skipped_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = measure(Unfit(2**60), LOGITS, turns=1, with_memory=False).rows
+    (row,) = measure(Unfit(2**60), LOGITS, turns=1).rows
     assert re.match(r"skipped: needs 1073741824\.0 GiB, [\d.]+ GiB are available", row.status)
     assert "skipped" in capsys.readouterr().out
 
 
 def test_a_case_whose_data_cannot_be_made_does_not_stop_the_run() -> None:
-    (row,) = measure(Unfit(0), LOGITS, turns=1, with_memory=False).rows
+    (row,) = measure(Unfit(0), LOGITS, turns=1).rows
     assert row.status == "failed: RuntimeError: no data"
 
 
@@ -283,7 +283,10 @@ def test_memory_sees_what_a_call_allocates_and_what_it_leaves() -> None:
 def test_memory_of_a_case_is_measured_in_a_fresh_process() -> None:
     case = replace(LOGITS, direction=BOTH, sizes={"N": 64, "V": 32_000})
     own = ours(default_backend(operations.load(case.operation), case))
-    found = memory.in_a_fresh_process(case, [own, "eager"])
+    other = replace(LOGITS, sizes={"N": 8, "V": 64})
+    by_case = memory.in_a_fresh_process([case, other], [own, "eager"])
+    assert set(by_case) == {case.title, other.title}
+    found = by_case[case.title]
     gradient = 64 * 32_000 * 4
     assert set(found) == {own, "eager"}
     # Both leave the gradient; eager needs exponentials, or another gradient, beside it.
@@ -294,7 +297,7 @@ def test_memory_of_a_case_is_measured_in_a_fresh_process() -> None:
 def test_the_command_writes_whole_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "in_a_fresh_process", lambda case, only: {})
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
     sizes = ["--vocabularies", "64", "100", "--rows", "8", "--dtypes", "float32", "--quick"]
     cli.main(["--operations", "token_logprobs", *sizes, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -318,7 +321,7 @@ def test_the_command_writes_whole_files(
 def test_plots_are_drawn_where_matplotlib_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = measure(operations.load("token_logprobs"), LOGITS, turns=1, with_memory=False).rows
+    rows = measure(operations.load("token_logprobs"), LOGITS, turns=1).rows
     (path,) = plots.write_plots(tmp_path, rows)
     assert path.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -343,7 +346,7 @@ def test_targets_are_met_missed_or_not_measured(capsys: pytest.CaptureFixture[st
 def test_the_target_command_judges_the_issues_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "in_a_fresh_process", lambda case, only: {})
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
     output = tmp_path / "vocabulary.json"
     arguments = ["vocabulary", "--device", "cpu", "--quick", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -49,6 +49,7 @@ def print_machine(about: dict[str, object]) -> None:
 def available_memory(device: str) -> int | None:
     """Bytes that can still be allocated; None where the system does not say."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         return int(free)
     try:

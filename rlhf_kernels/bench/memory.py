@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,18 +86,19 @@ def of_the_allocator(variants: Iterable[Variant]) -> dict[str, Memory]:
 
 
 def in_a_fresh_process(
-    case: Case, only: Collection[str] | None = None, seconds: float = 300
-) -> dict[str, Memory]:
-    """On a CPU: the memory of each variant that can run (of those in `only`), floors left out.
+    cases: Sequence[Case], only: Collection[str] | None = None, seconds_a_case: float = 120
+) -> dict[str, dict[str, Memory]]:
+    """On a CPU: by each case's title, the memory of its variants (those in `only`), no floors.
 
-    What could not be measured, here or within `seconds`, has no entry.
+    What could not be measured, here or in time, has no entry.
     """
     if not _CLEAR.exists():
         return {}
     names = None if only is None else list(only)
-    request = json.dumps({"case": asdict(case), "only": names})
+    request = json.dumps({"cases": [asdict(case) for case in cases], "only": names})
     command = [sys.executable, "-m", "rlhf_kernels.bench.memory", request]
     environment = {**os.environ, **_ENVIRONMENT}
+    seconds = seconds_a_case * len(cases)
     try:
         ended = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=seconds
@@ -107,12 +108,13 @@ def in_a_fresh_process(
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
         why = f"not done after {seconds:.0f} s"
     if why:
-        print(f"  memory: the measuring process ended early: {why}")
-    found = {}
+        print(f"memory: the measuring process ended early: {why}")
+    found: dict[str, dict[str, Memory]] = {}
     for line in output.splitlines():
         if line.startswith("{") and line.endswith("}"):
             entry = json.loads(line)
-            found[entry["variant"]] = Memory(entry["peak"], entry["kept"])
+            memory = Memory(entry["peak"], entry["kept"])
+            found.setdefault(entry["case"], {})[entry["variant"]] = memory
     return found
 
 
@@ -135,17 +137,23 @@ def _resident(field: str) -> int:
 def _main(request: str) -> None:
     """The fresh process: a line of JSON for each variant, as soon as it is measured."""
     asked = json.loads(request)
-    case, only = Case(**asked["case"]), asked["only"]
-    torch.manual_seed(0)
+    for case in (Case(**fields) for fields in asked["cases"]):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        _measure_case(case, asked["only"])
+
+
+def _measure_case(case: Case, only: list[str] | None) -> None:
     for variant in operations.load(case.operation).plan(case).variants:
         if variant.floor or (only is not None and variant.name not in only):
             continue
         try:
             memory = resident_memory(variant.build())
         except Exception as error:
-            print(f"{variant.name}: {reason(error)}", file=sys.stderr)
+            print(f"{case.title}, {variant.name}: {reason(error)}", file=sys.stderr)
             continue
-        print(json.dumps({"variant": variant.name, **asdict(memory)}), flush=True)
+        entry = {"case": case.title, "variant": variant.name, **asdict(memory)}
+        print(json.dumps(entry), flush=True)
 
 
 if __name__ == "__main__":

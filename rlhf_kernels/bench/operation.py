@@ -59,6 +59,7 @@ class Grid:
     hidden: int
     vocabularies: tuple[int, ...]
     dtypes: tuple[str, ...]
+    linear_dtypes: tuple[str, ...]
     sequences: tuple[int, int] = (64, 1024)
 
 
@@ -107,7 +108,10 @@ class Operation(ABC):
 
     @abstractmethod
     def memory(self, case: Case) -> int:
-        """Bytes that the most wasteful variant is expected to need, data included."""
+        """Bytes to expect: of the data and, on a CPU, of the most wasteful variant.
+
+        A GPU that has no more says so, and that variant fails; a CPU's process may be killed.
+        """
 
     def dtypes(self, grid: Grid) -> tuple[str, ...]:
         return grid.dtypes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,14 @@ class Result:
     absent: dict[str, str] = field(default_factory=dict)
 
 
+def memory_of(
+    operation: Operation, cases: Sequence[Case], only: Collection[str] | None = None
+) -> dict[str, dict[str, Memory]]:
+    """On a CPU: the memory of the cases' variants, by title and name. On CUDA `measure` sees it."""
+    fitting = [c for c in cases if c.device == "cpu" and _does_not_fit(operation, c) is None]
+    return memory.in_a_fresh_process(fitting, only) if fitting else {}
+
+
 def measure(
     operation: Operation,
     case: Case,
@@ -36,19 +44,15 @@ def measure(
     warmup: int = 2,
     seconds: float | None = None,
     only: Collection[str] | None = None,
-    with_memory: bool = True,
+    used: dict[str, Memory] | None = None,
 ) -> Result:
     """Time a case's variants, print the table; say so where the case does not fit in memory.
 
-    only: the variants that take part beside the floors; None: all.
+    only: the variants that take part beside the floors; None: all. used: from `memory_of`.
     """
-    needed, available = operation.memory(case), machine.available_memory(case.device)
-    if available is not None and needed > 0.8 * available:
-        why = f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+    why = _does_not_fit(operation, case)
+    if why is not None:
         return _nothing(case, f"skipped: {why}")
-    used: dict[str, Memory] = {}
-    if with_memory and case.device == "cpu":
-        used = memory.in_a_fresh_process(case, only)
     torch.compiler.reset()  # each size is compiled for itself, and the compiler counts
     try:
         plan = operation.plan(case)
@@ -65,15 +69,23 @@ def measure(
         device=case.device,
         seconds=seconds,
     )
-    if with_memory and case.device == "cuda":
+    if case.device == "cuda":
         timed = [v for v in variants if v.name in comparison.samples and not v.floor]
         used = memory.of_the_allocator(timed)
+    used = used or {}
     absent = {**plan.missing, **comparison.failures}
     rows = report.rows(operation, case, comparison, floors, plan.missing, used)
     report.print_rows(case.title, rows)
     del plan, variants
     gc.collect()
     return Result(rows, comparison, floors, used, absent)
+
+
+def _does_not_fit(operation: Operation, case: Case) -> str | None:
+    needed, available = operation.memory(case), machine.available_memory(case.device)
+    if available is None or needed <= 0.8 * available:
+        return None
+    return f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
 
 
 def _nothing(case: Case, why: str) -> Result:

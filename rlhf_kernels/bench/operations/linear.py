@@ -51,15 +51,19 @@ class LinearOperation(Operation):
         for vocabulary in grid.vocabularies:
             yield {"N": grid.rows, "V": vocabulary, "H": grid.hidden}
 
+    def dtypes(self, grid: Grid) -> tuple[str, ...]:
+        return grid.linear_dtypes
+
     def work(self, case: Case) -> Work:
         product = 2 * case.sizes["N"] * case.sizes["V"] * case.sizes["H"]
         return Work(flops=3 * product if case.backward else product)
 
     def memory(self, case: Case) -> int:
-        # Eager's logits and their gradient, three times in float32; weight, its gradient and sums.
+        # Weight, its gradients and sums; eager's logits, gradient, and six tensors in float32.
         rows, vocabulary, hidden = (case.sizes[name] for name in "NVH")
-        logits = rows * vocabulary * (2 * case.torch_dtype.itemsize + 3 * 4)
-        return logits + (2 * rows + 4 * vocabulary) * hidden * 4
+        logits = rows * vocabulary * (2 * case.torch_dtype.itemsize + 6 * 4)
+        layer = (2 * rows + 4 * vocabulary) * hidden * 4
+        return layer + (logits if case.device == "cpu" else 0)
 
     def plan(self, case: Case) -> Plan:
         rows, vocabulary, width = (case.sizes[name] for name in "NVH")

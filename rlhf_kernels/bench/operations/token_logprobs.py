@@ -42,10 +42,10 @@ class TokenLogprobs(Operation):
         return Work(bytes=once * {FORWARD: 1, BACKWARD: 2, BOTH: 3}[case.direction])
 
     def memory(self, case: Case) -> int:
-        # The sets, a gradient, the floors' buffer; eager's logits, exponentials and gradient in
-        # float32.
+        # The sets, a gradient, a floor's buffer; with entropy, eager's six tensors in float32.
         narrow = _logits_bytes(case) * (buffer_sets(_logits_bytes(case), case.device) + 3)
-        return narrow + 3 * 4 * case.sizes["N"] * case.sizes["V"]
+        wide = 6 * 4 * case.sizes["N"] * case.sizes["V"]
+        return narrow + (wide if case.device == "cpu" else 0)
 
     def plan(self, case: Case) -> Plan:
         data = _Data(case)
