@@ -114,6 +114,9 @@ def linear_ppo_loss(
     mask: Tensor,
     *,
     bias: Tensor | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     config: PPOLossConfig = _DEFAULT,
     normalizer: float | Tensor | None = None,
@@ -124,27 +127,36 @@ def linear_ppo_loss(
     """`ppo_loss` of the policy whose logits are hidden · weightᵀ + bias, chunk by chunk.
 
     The gradient is formed with the loss and the backward only scales it, as in
-    `linear_cross_entropy`. The entropy bonus is part of the loss; for the value loss call
-    `ppo_loss` on the critic's side and add the two. Masked tokens take part in no matrix product.
+    `linear_cross_entropy`. The entropy bonus is part of the loss, and with values so is the value
+    loss. Masked tokens take part in no matrix product.
 
     Args:
         hidden: [B, T, H]. weight: [V, H]. bias: [V] or None. targets: [B, T], the tokens.
         temperature, chunk_size, group: as in `linear_token_logprobs`.
-        old_logprobs, advantages, mask, config, normalizer: as in `ppo_loss`.
+        old_logprobs, advantages, mask, values, old_values, returns, config, normalizer: as in
+            `ppo_loss`.
         backend: see `rlhf_kernels.backends`; where it has kernels for rows of logits only, the loss
             over the tokens, the small part, takes its own default.
 
     Returns:
         (loss, PPOLossStats), as `ppo_loss`, float32 (float64 for float64 hidden states);
-        differentiable by hidden, weight and bias.
+        differentiable by hidden, weight, bias and values.
 
     Raises:
         As `linear_token_logprobs` and `ppo_loss`.
     """
     checks.dimensions("hidden", hidden, 3, "[B, T, H]")
     dtype = check_linear(hidden, weight, bias, targets, chunk_size)
-    checks.floating(old_logprobs=old_logprobs, advantages=advantages)
-    checks.like("targets", targets, mask=mask, old_logprobs=old_logprobs, advantages=advantages)
+    tensors = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
+    }
+    checks.floating(**tensors)
+    checks.like("targets", targets, mask=mask, **tensors)
+    _check_values(values, old_values, returns, config)
     mask, wide = checks.as_mask(mask), wide_dtype(dtype)
     targets = torch.where(mask, checks.as_targets(targets), _IGNORED)
     number, per_row = checks.split_temperature(temperature, targets, wide)
@@ -153,10 +165,13 @@ def linear_ppo_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
+        None if values is None else values.to(wide),
         targets.reshape(-1),
         old_logprobs,
         advantages.detach().to(wide),
         mask,
+        None if old_values is None else old_values.detach().to(wide),
+        None if returns is None else returns.detach().to(wide),
         number,
         per_row,
         _IGNORED,
@@ -164,6 +179,8 @@ def linear_ppo_loss(
         config.clip_range,
         config.clip_range_high,
         config.dual_clip,
+        config.value_clip_range,
+        config.value_coef,
         config.entropy_coef,
         config.aggregation,
         dtype,

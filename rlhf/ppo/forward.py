@@ -24,26 +24,18 @@ def response_logprobs(model: Any, batch: Sequences, temperature: float) -> Tenso
     The trunk reads everything but the last token, whose prediction nobody needs; the head runs on
     the trained response positions alone.
     """
-    hidden, weight, bias, targets = _head_inputs(model, batch)
+    hidden, weight, bias, targets = head_inputs(model, batch)
     return linear_token_logprobs(
         hidden, weight, targets, bias=bias, temperature=temperature, ignore_index=IGNORED
     )
 
 
-def response_logprobs_and_entropy(
-    model: Any, batch: Sequences, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The same log-probabilities and the entropy of each one's distribution, fp32 [B, T] each."""
-    hidden, weight, bias, targets = _head_inputs(model, batch)
-    return linear_token_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        return_entropy=True,
-        ignore_index=IGNORED,
-    )
+def head_inputs(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden states [B, T, H] that predict the response tokens, the head, and the targets."""
+    ids, mask = _inputs(batch)
+    hidden = hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    weight, bias = lm_head(model)
+    return hidden, weight, bias, batch.responses.masked_fill(~batch.response_mask, IGNORED)
 
 
 def response_values(critic: Any, batch: Sequences) -> Tensor:
@@ -54,14 +46,6 @@ def response_values(critic: Any, batch: Sequences) -> Tensor:
     ids, mask = _inputs(batch)
     values = token_scores(critic, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
     return values.masked_fill(~batch.response_mask, 0.0)
-
-
-def _head_inputs(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Hidden states [B, T, H] that predict the response tokens, the head, and the targets."""
-    ids, mask = _inputs(batch)
-    hidden = hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
-    weight, bias = lm_head(model)
-    return hidden, weight, bias, batch.responses.masked_fill(~batch.response_mask, IGNORED)
 
 
 def _inputs(batch: Sequences) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from rlhf.engine import Engine, World, discarding_on_error
 from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.forward import response_logprobs_and_entropy, response_values
+from rlhf.ppo.forward import head_inputs, response_values
 from rlhf.ppo.metrics import UpdateStats
-from rlhf_kernels import ppo_loss
+from rlhf_kernels import linear_ppo_loss
 
 
 def run_epochs(
@@ -50,21 +50,23 @@ def accumulate(
 ) -> None:
     """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
     with policy.autocast():
-        logprobs, entropy = response_logprobs_and_entropy(policy.model, part, config.temperature)
         values = response_values(critic.model, part)
-    loss, loss_stats = ppo_loss(
-        logprobs,
-        part.logprobs,
-        part.advantages,
-        part.response_mask,
-        values=values,
-        old_values=part.values,
-        returns=part.returns,
-        # Without a bonus the entropy is a statistic alone, and its backward is saved.
-        entropy=entropy if config.entropy_coef else entropy.detach(),
-        config=config.loss_config(),
-        normalizer=normalizer,
-    )
+        hidden, weight, bias, _ = head_inputs(policy.model, part)
+        loss, loss_stats = linear_ppo_loss(
+            hidden,
+            weight,
+            part.responses,
+            part.logprobs,
+            part.advantages,
+            part.response_mask,
+            bias=bias,
+            values=values,
+            old_values=part.values,
+            returns=part.returns,
+            temperature=config.temperature,
+            config=config.loss_config(),
+            normalizer=normalizer,
+        )
     policy.backward(loss)
     stats.add(loss_stats, part.response_mask.sum())
 

@@ -16,10 +16,10 @@ Gradients = tuple[Tensor | None, ...]
 def define_loss(
     name: str, forward: Callable[..., Any], fake: Callable[..., Any], statistics: int
 ) -> Callable[..., Any]:
-    """As `define`, for a forward (hidden, weight, bias, ...) -> (loss, *statistics, *gradients).
+    """As `define`, for a forward that returns (loss, *statistics, *gradients).
 
-    Besides the loss it returns `statistics` tensors and the gradients of its first three inputs,
-    empty where they are not needed.
+    After the loss come `statistics` tensors, then the gradients of the first inputs, empty where
+    they are not needed.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -35,7 +35,7 @@ def define_loss(
             (gradient * _in_full(grad_loss, gradient)).to(gradient.dtype) if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)
         ]
-        return (*scaled, *([None] * (ctx.inputs - 3)))
+        return (*scaled, *([None] * (ctx.inputs - len(scaled))))
 
     return define(
         name,

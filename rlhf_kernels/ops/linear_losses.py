@@ -100,10 +100,13 @@ def _ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    values: Tensor | None,
     targets: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
@@ -111,6 +114,8 @@ def _ppo_loss(
     clip_range: float,
     clip_range_high: float | None,
     dual_clip: float | None,
+    value_clip_range: float | None,
+    value_coef: float,
     entropy_coef: float,
     aggregation: str,
     dtype: torch.dtype,
@@ -118,15 +123,12 @@ def _ppo_loss(
     group: str | None,
     backend: str | None,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, dtype, chunk_size, group, backend)
-    config = loss_config(
-        clip_range, clip_range_high, dual_clip, None, 0.0, entropy_coef, aggregation
-    )
+    clips = (clip_range, clip_range_high, dual_clip, value_clip_range, value_coef, entropy_coef)
+    config = loss_config(*clips, aggregation)
     # The same terms, for tokens that are not in their sequences: each is weighed afterwards.
-    per_token = loss_config(
-        clip_range, clip_range_high, dual_clip, None, 0.0, entropy_coef, "token-mean"
-    )
+    per_token = loss_config(*clips, "token-mean")
     with torch.no_grad(), no_autocast(hidden):
         rows = Rows(hidden, head, targets, temperature, temperatures, ignore_index)
         chosen = _loss_kernels(old_logprobs, backend)
@@ -154,29 +156,34 @@ def _ppo_loss(
             return g[0] * weight_of, None if h is None else h[0] * weight_of
 
         logprobs, entropy, gradients = _pass(rows, hidden, True, needed, slopes)
-        loss, stats, *_ = chosen.ppo_loss_forward(
+        loss, stats, _, grad_values, _ = chosen.ppo_loss_forward(
             logprobs.view(mask.shape),
             old_logprobs,
             advantages,
             mask,
-            None,
-            None,
-            None,
+            values,
+            old_values,
+            returns,
             entropy.view(mask.shape),
             config,
             normalizer,
         )
-        return (loss, stats, *gradients)
+        # An operator returns tensors, so "none" is an empty one.
+        of_values = loss.new_empty(0) if grad_values is None else grad_values
+        return (loss, stats, *gradients, of_values)
 
 
 def _ppo_loss_fake(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    values: Tensor | None,
     targets: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
@@ -184,6 +191,8 @@ def _ppo_loss_fake(
     clip_range: float,
     clip_range_high: float | None,
     dual_clip: float | None,
+    value_clip_range: float | None,
+    value_coef: float,
     entropy_coef: float,
     aggregation: str,
     dtype: torch.dtype,
@@ -191,9 +200,10 @@ def _ppo_loss_fake(
     group: str | None,
     backend: str | None,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, stats = old_logprobs.new_empty(()), old_logprobs.new_empty(NUM_STATS)
-    return (loss, stats, *fake_gradients(hidden, weight, bias, needed))
+    of_values = old_logprobs.new_empty(0 if values is None else values.shape)
+    return (loss, stats, *fake_gradients(hidden, weight, bias, needed), of_values)
 
 
 def _loss_kernels(tensor: Tensor, backend: str | None) -> Any:

@@ -7,11 +7,18 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import ROW_PRIMITIVES, backends_for, normal, random_mask
+from kernel_cases import EPS, ROW_PRIMITIVES, backends_for, close, normal, random_mask
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_kernels import linear_cross_entropy, linear_ppo_loss
+from rlhf_kernels import (
+    PPOLossConfig,
+    linear_cross_entropy,
+    linear_ppo_loss,
+    linear_token_logprobs,
+    ppo_loss,
+)
 from rlhf_kernels.ops import chunks
+from rlhf_kernels.ppo_types import AGGREGATIONS
 
 WIDTH, VOCABULARY = 6, 23
 MASK = random_mask(3, 7)
@@ -46,6 +53,40 @@ def ppo(hidden, weight, bias=None, backend=None):
 
 LOSSES = pytest.mark.parametrize("loss_of", [cross_entropy, ppo])
 BACKENDS = pytest.mark.parametrize("backend", backends_for(*ROW_PRIMITIVES))
+
+
+@pytest.mark.parametrize("backend", backends_for(*ROW_PRIMITIVES, "ppo_loss_forward"))
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_value_loss_is_that_of_ppo_loss(backend, aggregation):
+    """Together in one call as from log-probabilities: the same numbers, up to the sums' order."""
+    config = PPOLossConfig(aggregation=aggregation)
+    old, advantages = -normal(3, 7, seed=4).abs() - 2, normal(3, 7, seed=5)
+    value, old_values, returns = (normal(3, 7, seed=seed) for seed in (6, 7, 8))
+    ends = []
+    for linear in (False, True):
+        inputs = [*leaves(), value.clone().requires_grad_()]
+        shared = {"values": inputs[3], "old_values": old_values, "returns": returns}
+        shared |= {"config": config, "backend": backend}
+        if linear:
+            loss, stats = linear_ppo_loss(
+                *inputs[:2], TARGETS, old, advantages, MASK, bias=inputs[2], chunk_size=4, **shared
+            )
+        else:
+            logprobs, entropy = linear_token_logprobs(
+                *inputs[:2],
+                torch.where(MASK, TARGETS, -100),
+                bias=inputs[2],
+                return_entropy=True,
+                chunk_size=4,
+                backend=backend,
+            )
+            loss, stats = ppo_loss(logprobs, old, advantages, MASK, entropy=entropy, **shared)
+        ends.append((loss, torch.stack(stats), torch.autograd.grad(loss, inputs)))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+    for x, y in zip(ends[0][2], ends[1][2], strict=True):
+        # The weights of the tokens come in before or after a product: a rounding or two of each
+        # term, of which the gradients of weight and bias add up 21.
+        close(x, y, 2 * EPS * 21 * float(y.abs().max()))
 
 
 @BACKENDS
