@@ -46,7 +46,8 @@ def token_logprobs(
     """Log-probability of each target under softmax(logits / temperature), and its entropy.
 
     Args:
-        logits: [..., V], float32, bfloat16, float16, or float64 (reference backend).
+        logits: [..., V], float32, bfloat16, float16, or float64 (reference backend). Slices and
+            expanded tensors are read where they lie, as long as the last dimension has no gaps.
         targets: [...], integers in [0, V) or ignore_index. On a CPU anything else raises; on a
             GPU the row's result is undefined.
         temperature: a positive number, or a tensor of the targets' shape (no gradient): on a CPU
@@ -70,11 +71,8 @@ def token_logprobs(
     checks.same_device("logits", logits, targets=targets)
     targets = checks.as_targets(targets)
     number, per_row = checks.split_temperature(temperature, targets, checks.compute_dtype(logits))
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
     logprobs, entropy, _ = _token_logprobs(
-        rows,
+        _groups_of_rows(logits),
         targets.reshape(-1).contiguous(),
         number,
         per_row,
@@ -85,3 +83,23 @@ def token_logprobs(
     if return_entropy:
         return logprobs.view(targets.shape), entropy.view(targets.shape)
     return logprobs.view(targets.shape)
+
+
+def _groups_of_rows(logits: Tensor) -> Tensor:
+    """The rows as [G, N, V], G = 1 where one stride leads from row to row.
+
+    A slice such as `logits[:, :-1]` needs two. A copy is made only where the columns are apart, or
+    more than two strides would be needed.
+    """
+    vocabulary = logits.shape[-1]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 3 and logits.numel() > 0 and not _one_stride(logits):
+        return logits
+    return logits.reshape(1, -1, vocabulary)
+
+
+def _one_stride(logits: Tensor) -> bool:
+    """Whether the rows of [B, T, V] are the same distance apart throughout."""
+    batch, length, _ = logits.shape
+    return batch == 1 or length == 1 or logits.stride(0) == length * logits.stride(1)

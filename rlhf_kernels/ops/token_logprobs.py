@@ -1,7 +1,11 @@
-"""`rlhf_kernels::token_logprobs` and its backward, on rows [N, V]."""
+"""`rlhf_kernels::token_logprobs` and its backward, on groups of rows [G, N, V].
+
+Kernels take rows at one stride; the groups, one after the other, allow for another.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +26,30 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = backends.choose("token_logprobs_forward", logits, backend)
     checks.temperatures_positive(temperatures, targets, ignore_index)
-    tau = temperature if temperatures is None else temperatures
-    logprobs, entropy, normalization = chosen.token_logprobs_forward(
-        logits, targets, tau, ignore_index, need_entropy
-    )
+    if logits.shape[0] != 1:  # the kernel would name the row within its group
+        checks.targets_in_range(targets, logits.shape[2], ignore_index)
+    parts = [
+        chosen.token_logprobs_forward(rows, targets[place], tau, ignore_index, need_entropy)
+        for place, rows, tau in _groups(logits, temperature, temperatures)
+    ]
+    logprobs, entropies, normalizations = zip(*parts)
     # An operator returns tensors, so "none" is an empty one.
-    if entropy is None:
-        entropy = normalization.new_empty(0)
-    return logprobs, entropy, normalization
+    entropy = _joined(entropies) if need_entropy else logprobs[0].new_empty(0)
+    return _joined(logprobs), entropy, _joined(normalizations)
+
+
+def _groups(
+    logits: Tensor, temperature: float, temperatures: Tensor | None
+) -> Iterator[tuple[slice, Tensor, float | Tensor]]:
+    """Each group's place among all rows, its rows [N, V], and its temperature."""
+    rows = logits.shape[1]
+    for group in range(logits.shape[0]):
+        place = slice(group * rows, (group + 1) * rows)
+        yield place, logits[group], temperature if temperatures is None else temperatures[place]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _forward_fake(
@@ -41,7 +61,7 @@ def _forward_fake(
     need_entropy: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
+    rows = logits.shape[0] * logits.shape[1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     normalization = logits.new_empty(rows, 2, dtype=dtype)
     entropy = normalization.new_empty(rows if need_entropy else 0)
@@ -61,10 +81,21 @@ def _backward(
     backend: str | None,
 ) -> Tensor:
     chosen = backends.choose("token_logprobs_backward", logits, backend)
-    tau = temperature if temperatures is None else temperatures
-    return chosen.token_logprobs_backward(
-        grad_logprobs, grad_entropy, logits, targets, tau, ignore_index, normalization, entropy
-    )
+    whole = None if logits.shape[0] == 1 else logits.new_empty(logits.shape)
+    for group, (place, rows, tau) in enumerate(_groups(logits, temperature, temperatures)):
+        grad = chosen.token_logprobs_backward(
+            grad_logprobs[place],
+            None if grad_entropy is None else grad_entropy[place],
+            rows,
+            targets[place],
+            tau,
+            ignore_index,
+            normalization[place],
+            None if entropy is None else entropy[place],
+            # Where there is one group, the kernel makes its own, in fresh pages.
+            out=None if whole is None else whole[group],
+        )
+    return grad[None] if whole is None else whole
 
 
 def _backward_fake(logits: Tensor, *others: Any) -> Tensor:

@@ -30,18 +30,21 @@ def row_targets():
 
 @pytest.mark.parametrize("backend", ROW_BACKENDS)
 @pytest.mark.parametrize("need_entropy", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_opcheck_token_logprobs(backend, need_entropy, per_row):
+def test_opcheck_token_logprobs(backend, need_entropy, per_row, groups):
     tau = torch.tensor([0.5, 1.0, 2.0, 1.0]) if per_row else None
-    logits = normal(4, 7, seed=1).requires_grad_()
+    logits = normal(groups, 4 // groups, 7, seed=1).requires_grad_()
     arguments = (logits, row_targets(), 0.7, tau, -100, need_entropy, backend)
     torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs.default, arguments)
     rows = normal(4, 7, seed=1)
     g, entropy = normal(4, seed=2), normal(4, seed=3).abs()
     normalization = torch.stack([rows.amax(1), (rows - rows.amax(1, True)).logsumexp(1)], 1)
     pair = (g, entropy) if need_entropy else (None, None)
-    backward = (rows, g, pair[0], row_targets(), 0.7, tau, -100, normalization, pair[1], backend)
-    torch.library.opcheck(torch.ops.rlhf_kernels.token_logprobs_backward.default, backward)
+    backward = (g, pair[0], row_targets(), 0.7, tau, -100, normalization, pair[1], backend)
+    torch.library.opcheck(
+        torch.ops.rlhf_kernels.token_logprobs_backward.default, (logits.detach(), *backward)
+    )
 
 
 @pytest.mark.parametrize("backend", ROW_BACKENDS)

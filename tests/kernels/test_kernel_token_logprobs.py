@@ -23,7 +23,7 @@ from kernel_cases import (
     within,
 )
 
-from rlhf_kernels import token_logprobs
+from rlhf_kernels import backends, token_logprobs
 
 BACKENDS = backends_for(*ROW_PRIMITIVES)
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -231,6 +231,41 @@ def test_layouts(backend, layout):
         assert torch.equal(a, b) and torch.equal(of_view, of_copy)
 
 
+@pytest.mark.parametrize("layout", ["whole", "slice", "expanded"])
+def test_rows_with_gaps_are_not_copied(backend, layout, monkeypatch):
+    """The kernel reads the caller's memory: a copy of logits is what users run out of memory by."""
+    logits = normal(4, 6, 40, seed=3)
+    view = {
+        "whole": lambda x: x,
+        "slice": lambda x: x[:, :-1],  # what predicts the next token
+        "expanded": lambda x: x[:1].expand(4, 6, 40)[:, 1:4],
+    }[layout](logits)
+    module = backends.load(backend)
+    addresses = []
+    original = module.token_logprobs_forward
+
+    def spy(rows, *arguments):
+        addresses.append(rows.data_ptr())
+        return original(rows, *arguments)
+
+    monkeypatch.setattr(module, "token_logprobs_forward", spy)
+    targets = torch.arange(math.prod(view.shape[:2])).reshape(view.shape[:2])
+    logprobs = token_logprobs(view, targets, temperature=targets / 9 + 0.5, backend=backend)
+    rows = view[:1] if layout == "whole" else view
+    assert addresses == [part.data_ptr() for part in rows]
+    expected = (view / (targets[..., None] / 9 + 0.5)).double().log_softmax(-1)
+    close(logprobs, expected.gather(2, targets[..., None])[..., 0], row_tolerance(view, 0.5))
+
+
+def test_a_target_out_of_range_is_named_by_its_row_among_all(backend):
+    if device_of(backend) != "cpu":
+        pytest.skip("a GPU does not look")
+    targets = torch.zeros(4, 5, dtype=torch.long)
+    targets[2, 3] = 40
+    with pytest.raises(ValueError, match="40 at flat row 13"):
+        token_logprobs(normal(4, 6, 40, seed=3)[:, :-1], targets, backend=backend)
+
+
 def test_leading_dimensions(backend):
     logits, targets = case(6, 11, torch.float32)
     flat = token_logprobs(logits, targets, backend=backend)
@@ -328,7 +363,7 @@ def test_the_operator_takes_any_strides(backend):
     backward = torch.ops.rlhf_kernels.token_logprobs_backward
     g = normal(5, seed=2)
     results: list[tuple[torch.Tensor, ...]] = []
-    for rows in (logits.t(), logits.t().contiguous()):
+    for rows in (logits.t()[None], logits.t()[None].contiguous()):
         out = operator(rows, targets, 1.0, None, -100, True, backend)
         tail = (g, targets, 1.0, None, -100, out[2], out[1], backend)
         results.append((*out, backward(rows, g, *tail)))
