@@ -60,7 +60,7 @@ def absence(result: Result, name: str | None) -> str:
     """Why there is no figure of that name."""
     why = result.absent.get("all") or result.absent.get(name or "")
     if why is None and name is not None:
-        why = result.absent.get(name.split()[0])  # a peer as a whole
+        why = result.absent.get(name.split()[0].replace("-", "_"))  # a whole peer
     return f"{name or 'floor'}: {why or 'not measured'}"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rlhf_kernels.bench import operations
-from rlhf_kernels.bench.operation import Case
+from rlhf_kernels.bench.operation import Case, forget_compiled
 from rlhf_kernels.bench.timing import Run, Variant, reason
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -139,7 +139,7 @@ def _main(request: str) -> None:
     asked = json.loads(request)
     for case in (Case(**fields) for fields in asked["cases"]):
         torch.manual_seed(0)
-        torch.compiler.reset()
+        forget_compiled()
         _measure_case(case, asked["only"])
 
 

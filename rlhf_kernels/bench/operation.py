@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -151,6 +152,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile`, when it is first called: the compiler's import alone takes seconds."""
     once = functools.cache(lambda: torch.compile(function, dynamic=False, fullgraph=True))
     return lambda *arguments: once()(*arguments)
+
+
+def forget_compiled() -> None:
+    """Each size is compiled for itself, and the compiler stops after a number of them."""
+    if "torch._dynamo" in sys.modules:  # whose import takes seconds
+        torch.compiler.reset()
 
 
 def gradients(result: Any, upstream: Tensor | None, leaves: list[Tensor]) -> tuple[Any, ...]:

@@ -6,11 +6,9 @@ import gc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from rlhf_kernels.bench import machine, memory, report
 from rlhf_kernels.bench.memory import Memory
-from rlhf_kernels.bench.operation import Case, Operation
+from rlhf_kernels.bench.operation import Case, Operation, forget_compiled
 from rlhf_kernels.bench.timing import Comparison, compare, reason
 
 
@@ -53,7 +51,7 @@ def measure(
     why = _does_not_fit(operation, case)
     if why is not None:
         return _nothing(case, f"skipped: {why}")
-    torch.compiler.reset()  # each size is compiled for itself, and the compiler counts
+    forget_compiled()
     try:
         plan = operation.plan(case)
     except Exception as error:  # out of memory, say; the next case may fit
