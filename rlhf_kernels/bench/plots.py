@@ -13,6 +13,7 @@ def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
 
     Raises ImportError without matplotlib.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,7 +32,9 @@ def write_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
         for place, (name, values) in enumerate(series.items()):
             shift = (place - (len(series) - 1) / 2) * width
             at = [index + shift for index, v in enumerate(vocabularies) if v in values]
-            axes.bar(at, [values[v] for v in vocabularies if v in values], width, label=name)
+            heights = [values[v] for v in vocabularies if v in values]
+            color = "0.8" if name == "floor" else colormaps["tab20"](place % 20)
+            axes.bar(at, heights, width, label=name, color=color)
         axes.set_xticks(range(len(vocabularies)), [f"{v:,}" for v in vocabularies])
         axes.set_xlabel("vocabulary")
         axes.set_ylabel("TFLOP/s" if group[0].tflop_per_s else "GB/s")

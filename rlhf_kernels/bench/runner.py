@@ -31,7 +31,10 @@ def memory_of(
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: the memory of the cases' variants, by title and name. On CUDA `measure` sees it."""
     fitting = [c for c in cases if c.device == "cpu" and _does_not_fit(operation, c) is None]
-    return memory.in_a_fresh_process(fitting, only) if fitting else {}
+    if not fitting:
+        return {}
+    print(f"\n{operation.name}: memory of {len(fitting)} cases, in a process of their own")
+    return memory.in_a_fresh_process(fitting, only)
 
 
 def measure(
