@@ -15,8 +15,11 @@ INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/d
 demo: $(VENV)/.demo
 	$(BIN)/python -m rlhf.demo --output $(OUTPUT) --seed $(SEED)
 
+# The second run has Triton interpret its kernels, on CPU tensors: in a process of its own, since that
+# is settled when Triton is imported, and torch.compile imports it too.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest tests -m slow --timeout 3600

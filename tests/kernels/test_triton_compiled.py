@@ -60,7 +60,7 @@ def cases():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype, width, entropy", cases())
+@pytest.mark.parametrize("dtype, width, entropy", list(cases()))
 def test_wide_loads_and_no_spills(monkeypatch, architecture, dtype, width, entropy):
     logits = torch.zeros(16, width, dtype=dtype)
     with compiled_for(architecture) as launches:

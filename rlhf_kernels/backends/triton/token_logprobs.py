@@ -9,6 +9,8 @@ begin on boundaries and end on them; then first and last blocks are whole vector
 Exponents are taken in units of log 2, as the hardware has them: exp(d) = exp2(d · LOG2E).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
