@@ -121,6 +121,7 @@ def rollout_advantages(
     mask = checks.as_mask(mask)
     kl = reference.kl_penalty(logprobs.to(dtype), ref_logprobs.to(dtype), kl_estimator)
     kl = torch.where(mask, kl, 0.0)
+    kl_coef = checks.finite("kl_coef", kl_coef)
     rewards = reference.shaped_rewards(scores.to(dtype), kl, mask, kl_coef)
     used = rewards
     if whiten_rewards:

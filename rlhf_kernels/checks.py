@@ -128,6 +128,12 @@ def positive(name: str, number: float) -> float:
     return float(number)
 
 
+def finite(name: str, number: float) -> float:
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} is {number!r}; expected a finite number")
+    return float(number)
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
@@ -139,6 +145,8 @@ def split_temperature(
     """A number, and per-row temperatures [N] in `dtype` where they were given as a tensor."""
     if not isinstance(temperature, Tensor):
         return positive("temperature", temperature), None
+    if temperature.dim() == 0:
+        temperature = temperature.expand(targets.shape)
     like("targets", targets, temperature=temperature)
     floating(temperature=temperature)
     return 1.0, temperature.detach().reshape(-1).to(dtype).contiguous()

@@ -50,8 +50,8 @@ def token_logprobs(
             expanded tensors are read where they lie, as long as the last dimension has no gaps.
         targets: [...], integers in [0, V) or ignore_index. On a CPU anything else raises; on a
             GPU the row's result is undefined.
-        temperature: a positive number, or a tensor of the targets' shape (no gradient): on a CPU
-            what is not positive raises, except in ignored rows.
+        temperature: a positive number, or a tensor of the targets' shape or 0-dim (no gradient): on
+            a CPU what is not positive raises, except in ignored rows.
         return_entropy: also return the entropy of each row's distribution.
         ignore_index: rows with this target give 0, and a gradient of 0, whatever their logits.
         backend: see `rlhf_kernels.backends`.

@@ -61,4 +61,5 @@ def shaped_rewards(
     checks.same_device("kl", kl, scores=scores)
     dtype = checks.compute_dtype(scores, kl)
     chosen = backends.choose_composed("shaped_rewards", kl, backend)
+    kl_coef = checks.finite("kl_coef", kl_coef)
     return chosen.shaped_rewards(scores.to(dtype), kl.to(dtype), checks.as_mask(mask), kl_coef)

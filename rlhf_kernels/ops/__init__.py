@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 _PLAIN = (torch.Tensor, Parameter)
@@ -41,6 +40,8 @@ def define(
             eager = autograd_function(name, forward, setup_context, backward).apply
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
+        if backward is not None:
+            _check_transforms(name)
         if type(first) not in _PLAIN or _observed():
             return operator(first, *rest)
         return eager(first, *rest)
@@ -61,6 +62,18 @@ def _observed() -> bool:
     )
 
 
+def _check_transforms(name: str) -> None:
+    """`torch.func.grad` and `jvp` know nothing of an operator's backward: they would give zeros."""
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    kinds = torch._C._functorch.TransformType
+    if transform is not None and transform.key() in (kinds.Grad, kinds.Jvp):
+        raise NotImplementedError(
+            f"{name} has no derivative under torch.func; use backward() or torch.autograd.grad"
+        )
+
+
 def autograd_function(
     name: str, forward: Callable[..., Any], setup_context: Any, backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
@@ -74,7 +87,24 @@ def autograd_function(
 
     members = {
         "forward": staticmethod(forward_with_context),
-        # The gradients are formed on detached tensors: a second derivative must raise.
-        "backward": staticmethod(once_differentiable(backward)),
+        "backward": staticmethod(_first_derivative(name, backward)),
     }
     return type(name, (torch.autograd.Function,), members)
+
+
+def _first_derivative(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradients are formed on detached tensors: what is derived from them again must raise.
+
+    `once_differentiable` lets it pass where the upstream gradient is a constant.
+    """
+    message = f"{name} has first derivatives only: its gradient cannot be differentiated again"
+
+    def wrapped(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # it is, where create_graph=True
+            return gradients
+        raising = torch._C._functions.DelayedError(message.encode(), len(gradients))
+        return raising(*(x if x is None else x.detach().requires_grad_() for x in gradients))
+
+    return wrapped

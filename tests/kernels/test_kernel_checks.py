@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -49,8 +50,8 @@ def linear_ppo(hidden=HIDDEN, targets=TARGETS, mask=MASK, old=X, **options):
     return kernels.linear_ppo_loss(hidden, WEIGHT, targets, old, X, mask, **options)
 
 
-def shaped(scores=X[:, 0], kl=X, mask=MASK):
-    return kernels.shaped_rewards(scores, kl, mask, kl_coef=0.1)
+def shaped(scores=X[:, 0], kl=X, mask=MASK, kl_coef=0.1):
+    return kernels.shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
 
 
 VALUE_ERRORS = {
@@ -117,6 +118,7 @@ VALUE_ERRORS = {
     "hidden has shape (3, 4); expected 3 dimensions": lambda: linear_ppo(HIDDEN[0]),
     "mask has shape (2, 2)": lambda: linear_ppo(mask=MASK[:, :2]),
     "old_logprobs has shape (2, 2)": lambda: linear_ppo(old=X[:, :2]),
+    "kl_coef is nan; expected a finite number": lambda: shaped(kl_coef=math.nan),
 }
 
 TYPE_ERRORS = {
@@ -153,6 +155,7 @@ def test_the_same_calls_without_the_mistake_work():
     """Guards the tests above: what they call is right but for the one change."""
     for call in (logprobs, linear, cross_entropy, gae, rollout, ppo, linear_ppo, shaped):
         call()
+    assert torch.equal(logprobs(temperature=torch.tensor(0.5)), logprobs(temperature=0.5))
     # What stands in ignored rows plays no part.
     ignored = torch.where(BAD_TEMPERATURES > 0, TARGETS, -100)
     logprobs(targets=ignored, temperature=BAD_TEMPERATURES)

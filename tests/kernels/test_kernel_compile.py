@@ -336,3 +336,37 @@ def test_function_transforms():
     advantages, _ = torch.vmap(lambda one: kernels.gae(one, one, mask))(x)
     for one, result in zip(x, advantages):
         assert torch.equal(result, kernels.gae(one, one, mask)[0])
+
+
+LOGITS = normal(3, 5, seed=1)
+PICKED = torch.tensor([0, 1, 2])
+DIFFERENTIABLE = {
+    "token_logprobs": lambda x: kernels.token_logprobs(x, PICKED).sum(),
+    "linear_token_logprobs": lambda x: kernels.linear_token_logprobs(x, LOGITS, PICKED).sum(),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, LOGITS, PICKED),
+    "ppo_loss": lambda x: kernels.ppo_loss(x, LOGITS, LOGITS, LOGITS < 9)[0],
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_raises(name):
+    """Also where the upstream gradient is a constant, and it could pass for one of zero."""
+    x = LOGITS.clone().requires_grad_()
+    value = DIFFERENTIABLE[name](x)
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name} has first derivatives only"):
+        (value + first.square().sum()).backward()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap of grad"])
+def test_derivatives_of_torch_func_raise(name, transform):
+    """They do not see an operator's backward: a silent zero would be the other outcome."""
+    function, grad = DIFFERENTIABLE[name], torch.func.grad(DIFFERENTIABLE[name])
+    with pytest.raises(NotImplementedError, match=f"{name} has no derivative under torch.func"):
+        if transform == "grad":
+            grad(LOGITS)
+        elif transform == "jvp":
+            torch.func.jvp(function, (LOGITS,), (LOGITS,))
+        else:
+            torch.func.vmap(grad)(LOGITS[None])
