@@ -197,6 +197,39 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load_causal_lm(tmp_path)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_is_no_causal_model(tmp_path: Path, tied: bool) -> None:
+    scalar = scalar_model_from_causal(tiny_llama(tie_word_embeddings=tied))
+    save_model(scalar, tiny_tokenizer(), tmp_path)
+    for given in (tmp_path, scalar):
+        with pytest.raises(ModelError, match="is a LlamaForSequenceClassification .a reward model"):
+            load_causal_lm(given)
+
+
+def test_missing_weights_are_named_and_tied_ones_are_not_missing(tmp_path: Path) -> None:
+    for tied in (False, True):
+        model = tiny_llama(tie_word_embeddings=tied)
+        save_model(model.model, tiny_tokenizer(), tmp_path / f"trunk-{tied}")
+        save_model(model, tiny_tokenizer(), tmp_path / f"whole-{tied}")
+        load_causal_lm(tmp_path / f"whole-{tied}")
+    with pytest.raises(ModelError, match=r"trunk-False .* lacks the weights lm_head\.weight"):
+        load_causal_lm(tmp_path / "trunk-False")
+    loaded = load_causal_lm(tmp_path / "trunk-True")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    scalar = scalar_model_from_causal(model)
+    scalar.save_pretrained(tmp_path / "headless", state_dict=model.model.state_dict())
+    with pytest.raises(ModelError, match=r"no whole reward model: .*score\.weight"):
+        load_scalar_model(tmp_path / "headless")
+
+
+def test_broken_weights_are_named() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, :2] = torch.nan
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight are NaN .* 2 of 1536"):
+        check_linear_head(model)
+
+
 def test_length_limit() -> None:
     model = tiny_llama(context=64)
     assert length_limit(model, None) == 64 and length_limit(model, 32) == 32

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.engine.world import World
 
@@ -24,12 +25,41 @@ def load_causal_lm(
     What is loaded comes onto this rank's device; an object is converted where it is.
 
     Raises:
-        ModelError: It cannot be loaded; the message names it.
+        ModelError: It cannot be loaded, lacks weights (its head, say), or is a model of another
+            kind, such as a reward model; the message names it.
     """
     if isinstance(name_or_model, nn.Module):
+        refuse_other_kinds([type(name_or_model).__name__], model_name(name_or_model))
         return name_or_model.to(dtype)
-    model = load(AutoModelForCausalLM, name_or_model, "causal language model", dtype=dtype)
+    causal_config(name_or_model)
+    model = load_model(AutoModelForCausalLM, name_or_model, "causal language model", dtype=dtype)
     return model.to(World().device)
+
+
+def causal_config(name: str | Path) -> Any:
+    """The config of a causal language model, by id or folder.
+
+    Raises:
+        ModelError: It cannot be loaded, or is of a model of another kind.
+    """
+    config = load(AutoConfig, name, "causal language model")
+    refuse_other_kinds(config.architectures or [], str(name))
+    return config
+
+
+def refuse_other_kinds(classes: list[str], name: str) -> None:
+    """Raise ModelError if a class of transformers is made for something else than writing text.
+
+    transformers would load its folder all the same, with a head that is random or, where the head
+    is the embedding, with a trunk that was trained to do something else.
+    """
+    for class_name in classes:
+        if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w*$", class_name):
+            raise ModelError(
+                f"{name} is no causal language model: it is a {class_name}"
+                + (" (a reward model or critic)" if "SequenceClass" in class_name else "")
+                + ". Give a model that writes text, such as a folder of `rlhf sft`."
+            )
 
 
 def load_tokenizer(name_or_tokenizer: Any, model: Any = None) -> Any:
@@ -81,6 +111,23 @@ def load(auto_class: Any, name: str | Path, what: str, **options: Any) -> Any:
             f"cannot load a {what} from {str(name)!r}: {lines[0]} "
             "Give an existing Hugging Face folder or a model id."
         ) from error
+
+
+def load_model(auto_class: Any, name: str | Path, what: str, *, dtype: torch.dtype) -> Any:
+    """As ``load``; weights that the files do not have are an error, not drawn at random.
+
+    Raises:
+        ModelError: It cannot be loaded, or weights are missing; they are named.
+    """
+    model, info = load(auto_class, name, what, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])  # without tied ones, which are stored once
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        raise ModelError(
+            f"{name} is no whole {what}: it lacks the weights {listed}, which would be random. "
+            "Give the folder of one that was saved with them."
+        )
+    return model
 
 
 def context_length(model: Any) -> int | None:

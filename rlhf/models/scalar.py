@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.engine.world import World
-from rlhf.models.loading import ModelError, load, load_causal_lm, model_name
+from rlhf.models.loading import ModelError, load, load_causal_lm, load_model, model_name
 from rlhf.models.trunk import hidden_states
 
 
@@ -66,7 +66,7 @@ def _load(name_or_model: Any, convert: Callable[[Any], Any] | None) -> Any:
         )
     if is_object:
         return name_or_model.float()
-    model = load(
+    model = load_model(
         AutoModelForSequenceClassification, name_or_model, "reward model", dtype=torch.float32
     )
     return model.to(World().device)

@@ -67,7 +67,8 @@ def check_linear_head(model: Any) -> None:
     """Check that logits are ``hidden @ weight.T + bias``, which the losses here rely on.
 
     Raises:
-        ModelError: The model caps or scales its logits; the message names it and what it does.
+        ModelError: The model caps or scales its logits, or its weights are NaN or infinite; the
+            message names it and what was found.
     """
     config = model.config.get_text_config()
     for name, neutral in LOGIT_TRANSFORMS.items():
@@ -89,6 +90,13 @@ def check_linear_head(model: Any) -> None:
     scale = hidden.norm(dim=-1).max() * weight.float().norm(dim=-1).max()
     tolerance = 16 * torch.finfo(weight.dtype).eps * scale
     if not bool(((logits - expected).abs() <= tolerance).all()):
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ModelError(
+                    f"{model_name(model)} is broken: its weights {name} are NaN or infinite in "
+                    f"{int((~parameter.isfinite()).sum())} of {parameter.numel()} places. Take an "
+                    "earlier one; a training may have diverged or its files be damaged."
+                )
         raise ModelError(f"{model_name(model)} {NOT_LINEAR}")
 
 
