@@ -86,7 +86,7 @@ def of_the_allocator(variants: Iterable[Variant]) -> dict[str, Memory]:
 
 
 def in_a_fresh_process(
-    cases: Sequence[Case], only: Collection[str] | None = None, seconds_a_case: float = 120
+    cases: Sequence[Case], only: Collection[str] | None = None, seconds_a_case: float = 180
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: by each case's title, the memory of its variants (those in `only`), no floors.
 
