@@ -21,7 +21,7 @@ from rlhf.data import (
     source_name,
     to_demonstrations,
 )
-from rlhf.engine import save_model
+from rlhf.engine import check_kernels, save_model
 from rlhf.engine.batching import chunks
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
@@ -62,6 +62,7 @@ class SFTTrainer(SupervisedTrainer):
         OutputError: ``config.output_dir`` cannot be written to.
         DataError: The data cannot be used; the message names the row.
         ModelError: The model or tokenizer cannot be loaded, or the model cannot be trained.
+        BackendUnavailableError: RLHF_KERNELS_BACKEND names a backend that cannot run here.
     """
 
     title = "sft"
@@ -75,6 +76,7 @@ class SFTTrainer(SupervisedTrainer):
         eval_data: Any = None,
     ) -> None:
         super().__init__(config)
+        check_kernels("token_logprobs_forward", "token_logprobs_backward")
         train, held_out = read_split(
             train_data, eval_data, config.eval_fraction, config.seed, read_demonstrations
         )

@@ -15,18 +15,21 @@ def run_for_person(action: Callable[[], Any], *, program: str, debug: bool = Fal
     """Run ``action``; a mistake in what was given becomes one message and exit code 2.
 
     Wrong settings, data, models and folders are ValueError, OSError or ImportError here,
-    RewardError says that the user's reward failed and NonFiniteError that training went astray.
+    RewardError says that the user's reward failed, NonFiniteError that training went astray, and
+    two more that RLHF_KERNELS_BACKEND names a backend that cannot do the work.
     Anything else is a defect of this program and keeps its traceback, as all do with ``debug``.
     """
     from rlhf.engine import NonFiniteError
     from rlhf.ppo import RewardError
+    from rlhf_kernels import BackendUnavailableError, UnsupportedOperationError
 
+    foreseen = (NonFiniteError, RewardError, BackendUnavailableError, UnsupportedOperationError)
     try:
         action()
     except KeyboardInterrupt:
         print(f"{program}: stopped by the keyboard", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, ImportError, NonFiniteError, RewardError) as error:
+    except (ValueError, OSError, ImportError, *foreseen) as error:
         if debug:
             raise
         print(f"{program}: error: {error}", file=sys.stderr)

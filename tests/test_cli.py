@@ -220,6 +220,19 @@ def test_mistakes_are_one_message_and_exit_code_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["sft --model absent --data absent.jsonl", "ppo"])
+def test_a_wrong_kernel_backend_is_said_before_anything_is_loaded(
+    folder: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "nope")
+    given = options(folder, policy="absent") if command == "ppo" else command.split()
+    assert main([*given, "--output_dir", str(folder / "errors")]) == 2
+    assert "RLHF_KERNELS_BACKEND asks for the backend 'nope'" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(folder: Path) -> None:
     with pytest.raises(DataError):
         main([*options(folder, prompts="/nowhere/p.jsonl"), "--debug"])

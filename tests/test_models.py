@@ -202,7 +202,7 @@ def test_a_reward_model_is_no_causal_model(tmp_path: Path, tied: bool) -> None:
     scalar = scalar_model_from_causal(tiny_llama(tie_word_embeddings=tied))
     save_model(scalar, tiny_tokenizer(), tmp_path)
     for given in (tmp_path, scalar):
-        with pytest.raises(ModelError, match="is a LlamaForSequenceClassification .a reward model"):
+        with pytest.raises(ModelError, match=r"is a LlamaForSequenceClassification \(a rew"):
             load_causal_lm(given)
 
 

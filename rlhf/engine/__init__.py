@@ -14,7 +14,7 @@ from rlhf.engine.saving import OutputError, ensure_writable, save_config, save_m
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.seeding import set_seed
 from rlhf.engine.tracking import Trackers
-from rlhf.engine.world import World
+from rlhf.engine.world import World, check_kernels
 
 __all__ = [
     "MAX_SEED",
@@ -25,6 +25,7 @@ __all__ = [
     "TrainingConfig",
     "World",
     "check_choice",
+    "check_kernels",
     "check_number",
     "discarding_on_error",
     "ensure_writable",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlhf_kernels import backends
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,16 @@ class World:
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum of the tensor over all ranks; the tensor itself with one rank."""
         return tensor
+
+
+def check_kernels(*primitives: str) -> None:
+    """Check, before anything slow, that RLHF_KERNELS_BACKEND can do the work if it is set.
+
+    Raises:
+        BackendUnavailableError: It names a backend that does not exist or cannot run here.
+        UnsupportedOperationError: It names one that lacks a primitive.
+    """
+    if os.environ.get(backends.ENVIRONMENT_VARIABLE):
+        tensor = torch.empty(0, device=World().device)
+        for primitive in primitives:
+            backends.choose(primitive, tensor, None)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data import ChatFormat, prepare_tokenizer
-from rlhf.engine import Engine, Trackers, ensure_writable, save_config, save_model
+from rlhf.engine import (
+    Engine,
+    Trackers,
+    check_kernels,
+    ensure_writable,
+    save_config,
+    save_model,
+)
 from rlhf.models import (
     check_linear_head,
     context_length,
@@ -33,6 +40,8 @@ from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import run_epochs
 
 KEY_FIGURES = ("reward", "score", "kl", "entropy", "approx_kl", "clip_fraction", "eos_rate")
+# What the chosen backend must have; for the loss over tokens another takes its place.
+PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward", "gae_forward")
 
 
 class PPOTrainer:
@@ -65,6 +74,7 @@ class PPOTrainer:
         DataError: A prompt is malformed, or too long for the models' or the reward model's context;
             the message names its row.
         ModelError: A model cannot be loaded or does not fit the others.
+        BackendUnavailableError: RLHF_KERNELS_BACKEND names a backend that cannot run here.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class PPOTrainer:
         reference: Any = None,
     ) -> None:
         ensure_writable(config.output_dir)
+        check_kernels(*PRIMITIVES)
         self.config = config
         self.reward = reward
         self.tokenizer = load_tokenizer(tokenizer, policy)
