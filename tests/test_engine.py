@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.engine import (
+    MAX_SEED,
     Engine,
     NonFiniteError,
     OutputError,
@@ -255,6 +256,8 @@ def test_epoch_steps_partition_and_sort_inside_a_step() -> None:
     assert [set(chain(*step)) for step in other] == [set(chain(*step)) for step in steps]
     assert steps != epoch_steps(lengths, 16, 4, seed=1, epoch=1)
     assert steps != epoch_steps(lengths, 16, 4, seed=2, epoch=0)
+    largest = [epoch_steps(lengths, 16, 4, seed=MAX_SEED, epoch=epoch) for epoch in (0, 1)]
+    assert largest[0] != largest[1]
 
 
 def test_unwritable_output_folder(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def epoch_steps(
     smaller. Inside a step examples are sorted by length before they are cut into micro-batches,
     which saves padding and cannot bias a step: its examples stay a uniform sample.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    # Modulo what a generator takes: the product of a large seed is beyond it.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     steps = []
     for start in range(0, len(order), batch_size):
