@@ -407,9 +407,10 @@ def backward_kernel(
         h = tl.load(grad_entropy + row)
         row_entropy = tl.load(entropy + row)
 
-    # Where this block holds the target, the gradient there is formed once, from a logit that only
-    # the thread that overwrites it could have overwritten, after reading it here. A target in
-    # another rank's part of the vocabulary, or an ignored one, is in no block.
+    # Every thread reads the target's logit, if this block holds it, and forms the gradient there.
+    # Only the thread that holds the target's place uses it, and that one writes after it has read;
+    # where `out` is the logits, another that comes later reads what was written, to no effect. An
+    # ignored target, or one in another rank's part of the vocabulary, is in no block.
     target_at = target + head
     mine = (target >= 0) & (target < columns) & (target_at >= begin) & (target_at < begin + BLOCK)
     z = tl.load(logits + boundary + target_at, mask=mine, other=0.0).to(tl.float32)
