@@ -1,9 +1,10 @@
 """Stages of a run: done once, remembered by a marker, and never mixed up with other settings.
 
 A stage owns a folder. Its marker ``stage.json`` is written last, so a folder that has one is
-complete. The marker holds the settings that the stage ran with and the identity of the stages it
-was made from; a later run with the same ones skips the stage, and with others it stops and names
-what differs instead of mixing old results with new ones.
+complete; a training outside the run that writes to the folder takes the marker away. It holds the
+settings that the stage ran with and the identity of the stages it was made from; a later run with
+the same ones skips the stage, and with others it stops and names what differs instead of mixing old
+results with new ones.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.engine import ensure_writable
+from rlhf.engine.saving import STAGE_MARKER as MARKER
 from rlhf.files import write_json
 
-MARKER = "stage.json"
 # These change where results go, what is shown, memory and speed, but not the results.
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "trackers", "log_every", "micro_batch_size", "gradient_checkpointing"}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from tiny_models import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,7 @@ from rlhf.engine import (
     Trackers,
     TrainingConfig,
     World,
+    begin_training,
     discarding_on_error,
     ensure_writable,
     epoch_steps,
@@ -303,6 +305,28 @@ def test_an_interrupted_save_leaves_the_old_model(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, tiny_llama(0).lm_head.weight)
     assert not (tmp_path / ".partial").exists()
+
+
+def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(OutputError, match=r"cannot save the model to .*No space left"):
+        save_model(tiny_llama(), tiny_tokenizer(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_training_sets_an_earlier_model_aside(tmp_path: Path) -> None:
+    save_model(tiny_llama(0), tiny_tokenizer(), tmp_path)
+    (tmp_path / "stage.json").write_text("{}")
+    begin_training(config(output_dir=str(tmp_path), seed=7), tmp_path / "absent")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json.earlier", "model.safetensors", "training_config.json"} <= names
+    assert not names & {"config.json", "stage.json"}
+    save_model(tiny_llama(1), tiny_tokenizer(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "config.json" in names and "config.json.earlier" not in names
 
 
 def test_save_config(tmp_path: Path) -> None:

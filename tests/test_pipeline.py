@@ -18,7 +18,7 @@ from rlhf.engine import OutputError
 from rlhf.pipeline import PipelineConfig, RLHFPipeline
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
-from rlhf.sft import SFTConfig
+from rlhf.sft import SFTConfig, SFTTrainer
 from rlhf.stages import Stage, StageError, StageRunner, differences, fingerprint
 
 DEMONSTRATIONS = [
@@ -193,6 +193,19 @@ def test_data_of_every_stage_is_read_before_the_first_is_run(
         RLHFPipeline(config, say=said.append).run()
     assert said == []
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_training_outside_the_run_undoes_its_stage(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    config = make_config(finished[0], output_dir=str(tmp_path / "run"))
+    base, folder = config.model, tmp_path / "run" / "sft"
+    settings = dataclasses.replace(config.sft, output_dir=str(folder), max_steps=1)
+    SFTTrainer(settings, base, None, DEMONSTRATIONS).train()
+    assert not (folder / "stage.json").exists()
+    with pytest.raises(StageError, match="made from a sft stage that is no longer there"):
+        RLHFPipeline(config).run()
 
 
 def test_describe_says_what_is_done(finished: tuple[Path, list[str]], tmp_path: Path) -> None:

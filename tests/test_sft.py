@@ -197,6 +197,27 @@ def test_a_model_that_breaks_stops_the_training(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_training_that_breaks_off_leaves_no_earlier_model(tmp_path: Path) -> None:
+    trainer(tmp_path, eval_fraction=0, max_steps=1).train()
+    second = trainer(tmp_path, eval_fraction=0, max_steps=1)
+    with torch.no_grad():
+        second.model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteError):
+        second.train()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        SFTTrainer(config(tmp_path / "x"), tmp_path, tiny_tokenizer(), rows())
+
+
+def test_a_finished_training_is_not_begun_again(tmp_path: Path) -> None:
+    sft = trainer(tmp_path, eval_fraction=0, max_steps=1)
+    sft.train()
+    written = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(RuntimeError, match="all 1 optimizer steps are done"):
+        sft.train()
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+    assert (tmp_path / "config.json").exists()
+
+
 def test_real_model_learns_real_instructions(
     tmp_path: Path, shared_dir: Path, stories_dir: Path
 ) -> None:

@@ -10,7 +10,13 @@ from rlhf.engine.batching import epoch_steps
 from rlhf.engine.config import MAX_SEED, TrainingConfig, check_choice, check_number
 from rlhf.engine.engine import Engine, NonFiniteError, discarding_on_error
 from rlhf.engine.precision import resolve_dtype
-from rlhf.engine.saving import OutputError, ensure_writable, save_config, save_model
+from rlhf.engine.saving import (
+    OutputError,
+    begin_training,
+    ensure_writable,
+    save_config,
+    save_model,
+)
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.seeding import set_seed
 from rlhf.engine.tracking import Trackers
@@ -24,6 +30,7 @@ __all__ = [
     "Trackers",
     "TrainingConfig",
     "World",
+    "begin_training",
     "check_choice",
     "check_kernels",
     "check_number",

@@ -65,7 +65,8 @@ class TrainingConfig:
     """Settings that all trainers share.
 
     Attributes:
-        output_dir: Folder for the trained model, its tokenizer and the logs.
+        output_dir: Folder for the trained model, its tokenizer and the logs; those of an earlier
+            training are replaced.
         learning_rate: Highest learning rate of AdamW.
         weight_decay: AdamW's weight decay, applied to matrices but not to biases and norms.
         adam_beta1: AdamW's decay of the gradient's mean.

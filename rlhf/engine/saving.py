@@ -9,7 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlhf.files import PARTIAL, OutputError, write_json
+
+STAGE_MARKER = "stage.json"  # see rlhf.stages
+EARLIER_CONFIG = "config.json.earlier"
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -41,7 +46,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     an old config. Other files in the folder, such as logs, stay.
 
     Raises:
-        OutputError: The folder cannot be written to.
+        OutputError: The folder cannot be written to, or the disk is full.
     """
     target = ensure_writable(folder)
     partial = target / PARTIAL
@@ -49,14 +54,16 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"cannot save the model to {target}: {error}") from error
+        if isinstance(error, OSError | SafetensorError):  # the latter where a disk is full
+            raise OutputError(f"cannot save the model to {target}: {error}") from error
+        raise
     _move_into_place(partial, target)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
-    (target / "config.json").unlink(missing_ok=True)
+    mark_unfinished(target)
     for stale in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
         stale.unlink()
     names = sorted(path.name for path in partial.iterdir())
@@ -64,7 +71,32 @@ def _move_into_place(partial: Path, target: Path) -> None:
         if (target / name).is_dir():
             shutil.rmtree(target / name)
         os.replace(partial / name, target / name)
+    (target / EARLIER_CONFIG).unlink(missing_ok=True)
     partial.rmdir()
+
+
+def begin_training(config: Any, *folders: Path) -> None:
+    """Take over ``config.output_dir`` for a new training and write its config there.
+
+    A model of an earlier one is no longer a finished one, so that nobody takes it for this
+    training's if this one ends early: its ``config.json`` becomes ``config.json.earlier``, which
+    whoever wants it back renames.
+
+    Args:
+        config: Of the training.
+        folders: Others that it writes models to.
+    """
+    output = Path(config.output_dir)
+    for folder in (output, *folders):
+        mark_unfinished(folder)
+    save_config(config, output)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Set the config of a model aside, and drop a pipeline's word that its stage is done."""
+    (folder / STAGE_MARKER).unlink(missing_ok=True)
+    if (folder / "config.json").exists():
+        os.replace(folder / "config.json", folder / EARLIER_CONFIG)
 
 
 def save_config(config: Any, folder: str | Path) -> None:

@@ -15,7 +15,7 @@ from rlhf.data import DataError, source_name, split_holdout
 from rlhf.engine.batching import epoch_steps
 from rlhf.engine.config import TrainingConfig, check_choice, check_number
 from rlhf.engine.engine import Engine, discarding_on_error
-from rlhf.engine.saving import ensure_writable, save_config
+from rlhf.engine.saving import begin_training, ensure_writable
 from rlhf.engine.seeding import set_seed
 from rlhf.engine.tracking import Trackers
 
@@ -102,17 +102,25 @@ class SupervisedTrainer(ABC):
     def train(self) -> dict[str, float]:
         """Train, evaluating before and after each epoch, and write ``config.output_dir``.
 
+        A model that lies there counts as unfinished from the start (see ``begin_training``).
+
         Returns:
             The last metrics; with evaluation also those from before training, as ``..._before``.
 
         Raises:
             NonFiniteError: The loss became NaN or infinite.
             OutputError: The results cannot be written.
+            RuntimeError: This training is finished.
         """
         config = self.config
+        if self.engine.steps_done >= self.total_steps:
+            raise RuntimeError(
+                f"this training is finished: all {self.total_steps} optimizer steps are done. "
+                "Make a new trainer to train its model further."
+            )
         is_main = self.engine.world.is_main
         if is_main:
-            save_config(config, config.output_dir)
+            begin_training(config)
         names = config.trackers if is_main else []
         metrics: dict[str, float] = {}
         with Trackers(names, config.output_dir, self.total_steps, title=self.title) as trackers:

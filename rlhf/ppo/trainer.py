@@ -10,6 +10,7 @@ from rlhf.data import ChatFormat, prepare_tokenizer
 from rlhf.engine import (
     Engine,
     Trackers,
+    begin_training,
     check_kernels,
     ensure_writable,
     save_config,
@@ -135,8 +136,25 @@ class PPOTrainer:
             yield [self.rows[index] for index in self.prompt_order.batch(number)]
 
     def train(self) -> dict[str, float]:
-        """Do all updates, log them, save the models; returns the last update's metrics."""
+        """Do the updates still to come, log them, save the models.
+
+        A model that lies in ``output_dir`` counts as unfinished from the start (see
+        ``begin_training``).
+
+        Returns:
+            The last update's metrics.
+
+        Raises:
+            RuntimeError: All updates are done.
+        """
         config = self.config
+        if self.finished:
+            raise RuntimeError(
+                f"this training is finished: all {config.total_updates} updates are done. save() "
+                "writes its models; make a new trainer to train them further."
+            )
+        if self.policy_engine.world.is_main:
+            begin_training(config, self._critic_folder)
         metrics: dict[str, float] = {}
         with Trackers(
             config.trackers if self.policy_engine.world.is_main else [],
@@ -220,10 +238,13 @@ class PPOTrainer:
         """
         if not self.policy_engine.world.is_main:
             return
-        folder = Path(self.config.output_dir)
-        save_model(self.critic, self.tokenizer, folder / "critic")
-        save_model(self.policy, self.tokenizer, folder)
-        save_config(self.config, folder)
+        save_model(self.critic, self.tokenizer, self._critic_folder)
+        save_model(self.policy, self.tokenizer, self.config.output_dir)
+        save_config(self.config, self.config.output_dir)
+
+    @property
+    def _critic_folder(self) -> Path:
+        return Path(self.config.output_dir) / "critic"
 
     def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
         longest = self.config.max_new_tokens

@@ -231,6 +231,25 @@ def test_a_tokenizer_must_be_given_beside_a_policy_object(tmp_path: Path) -> Non
         PPOTrainer(config, make_policy(), None, ["w1"], lambda prompts, responses: [0.0])
 
 
+def test_a_finished_training_is_not_begun_again(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(total_updates=1)
+    trainer.train()
+    with pytest.raises(RuntimeError, match="all 1 updates are done"):
+        trainer.train()
+    assert (tmp_path / "ppo" / "config.json").exists()
+
+
+def test_a_training_that_breaks_off_leaves_no_earlier_models(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    make_trainer(total_updates=1).train()
+    trainer = make_trainer(total_updates=1, reward=lambda prompts, responses: 1 / 0)
+    with pytest.raises(RewardError):
+        trainer.train()
+    for folder in (tmp_path / "ppo", tmp_path / "ppo" / "critic"):
+        assert not (folder / "config.json").exists()
+
+
 def test_an_unwritable_output_folder_is_named(make_trainer: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match="file"):
