@@ -48,6 +48,18 @@ RK_FORMULA V load_as(const void* from) {
 
 RK_FORMULA Floats splat(float x) { return Floats{} + x; }
 
+// The larger of both; x where one of them is NaN. As a comparison and a choice this would take two
+// instructions.
+RK_FORMULA Floats larger(Floats low, Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return low > x ? low : x;
+#endif
+}
+
 RK_FORMULA float largest_lane(Floats x) {
   float result = x[0];
   for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
@@ -142,6 +154,24 @@ struct Float16 {
 template <class Type>
 RK_FORMULA Floats load(const typename Type::Element* from) {
   return Type::widen(load_as<typename Type::Raw>(from));
+}
+
+struct Pair {
+  Floats first, second;
+};
+
+// Two vectors of neighbours, for sums that take them in any order.
+template <class Type>
+RK_FORMULA Pair load_pair(const typename Type::Element* from) {
+  return {load<Type>(from), load<Type>(from + kLanes)};
+}
+
+// The even and the odd elements: an instruction each.
+template <>
+RK_FORMULA Pair load_pair<BFloat16>(const BFloat16::Element* from) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even element has the lower bits");
+  const UInts bits = load_as<UInts>(from);
+  return {bits_as<Floats>(bits << 16), bits_as<Floats>(bits & 0xffff0000u)};
 }
 
 template <class Type>

@@ -30,44 +30,51 @@ float block_max(const typename Type::Element* x, int64_t n) {
   for (int u = 0; u < kUnroll; ++u) highest[u] = splat(-INFINITY);
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const Floats v = load<Type>(x + i + u * kLanes);
-      highest[u] = v > highest[u] ? v : highest[u];
+    for (int u = 0; u < kUnroll; u += 2) {
+      const Pair v = load_pair<Type>(x + i + u * kLanes);
+      highest[u] = larger(v.first, highest[u]);
+      highest[u + 1] = larger(v.second, highest[u + 1]);
     }
   }
   for (; i < n; i += kLanes) {
     const int64_t count = n - i < kLanes ? n - i : kLanes;
-    const Floats v = load_first<Type>(x + i, count, -INFINITY);
-    highest[0] = v > highest[0] ? v : highest[0];
+    highest[0] = larger(load_first<Type>(x + i, count, -INFINITY), highest[0]);
   }
-  for (int u = 1; u < kUnroll; ++u) highest[0] = highest[u] > highest[0] ? highest[u] : highest[0];
+  for (int u = 1; u < kUnroll; ++u) highest[0] = larger(highest[u], highest[0]);
   return largest_lane(highest[0]);
 }
 
+RK_FORMULA void prefetch(const void* begin, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(begin) + i);
+}
+
+// Sums of 2^t and 2^t·t, t = (x - max)·scale. A term of -inf becomes 2^-126: of no weight in either.
 template <bool kEntropy>
-RK_FORMULA void add_terms(SoftmaxSums<Floats>& sums, Floats x, float max, float inverse_tau) {
-  const Floats d = (x - max) * inverse_tau;
-  const Floats e = exp_nonpositive(d);
+RK_FORMULA void add_terms(SoftmaxSums<Floats>& sums, Floats x, float max, float scale) {
+  const Floats t = at_least_negligible((x - max) * scale);
+  const Floats e = exp2_bounded(t);
   sums.sum += e;
-  // e = 0 where d = -inf: that term is 0, not NaN.
-  if (kEntropy) sums.weighted += d < kExpUnderflow ? Floats{} : e * d;
+  if (kEntropy) sums.weighted += e * t;
 }
 
 template <class Type, bool kEntropy>
 SoftmaxSums<Floats> block_sums(const typename Type::Element* x, int64_t n, float max,
-                               float inverse_tau) {
+                               float scale) {
   SoftmaxSums<Floats> sums[kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kUnroll; u += 2) {
       // The next block, while this one's arithmetic runs. A prefetch past the end is harmless.
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i + u * kLanes + kBlock));
-      add_terms<kEntropy>(sums[u], load<Type>(x + i + u * kLanes), max, inverse_tau);
+      prefetch(x + i + u * kLanes + kBlock, 2 * kLanes * sizeof(*x));
+      const Pair v = load_pair<Type>(x + i + u * kLanes);
+      add_terms<kEntropy>(sums[u], v.first, max, scale);
+      add_terms<kEntropy>(sums[u + 1], v.second, max, scale);
     }
   }
   for (; i < n; i += kLanes) {
     const int64_t count = n - i < kLanes ? n - i : kLanes;
-    add_terms<kEntropy>(sums[0], load_first<Type>(x + i, count, -INFINITY), max, inverse_tau);
+    add_terms<kEntropy>(sums[0], load_first<Type>(x + i, count, -INFINITY), max, scale);
   }
   for (int u = 1; u < kUnroll; ++u) {
     sums[0].sum += sums[u].sum;
@@ -78,6 +85,7 @@ SoftmaxSums<Floats> block_sums(const typename Type::Element* x, int64_t n, float
 
 template <class Type, bool kEntropy>
 RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) {
+  const float scale = inverse_tau * kLog2E;
   float max = -INFINITY;
   SoftmaxSums<Doubles> total = {};
   for (int64_t start = 0; start < n; start += kBlock) {
@@ -87,13 +95,15 @@ RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) 
       if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
       max = highest;
     }
-    // While every logit is -inf, 0 stands for the maximum: each term is 0, and NaN stays NaN.
+    // While every logit is -inf, 0 stands for the maximum: the terms weigh nothing, and NaN stays NaN.
     const float reference = max == -INFINITY ? 0.0f : max;
-    const auto part = block_sums<Type, kEntropy>(x + start, count, reference, inverse_tau);
+    const auto part = block_sums<Type, kEntropy>(x + start, count, reference, scale);
     total.sum += __builtin_convertvector(part.sum, Doubles);
-    if (kEntropy) total.weighted += __builtin_convertvector(part.weighted, Doubles);
+    if (kEntropy) total.weighted += __builtin_convertvector(part.weighted, Doubles) * double(kLn2);
   }
-  return {max, sum_of_lanes(total.sum), sum_of_lanes(total.weighted)};
+  // A row of nothing but -inf has no distribution.
+  const double sum = max == -INFINITY ? NAN : sum_of_lanes(total.sum);
+  return {max, sum, sum_of_lanes(total.weighted)};
 }
 
 template <class Type>
@@ -129,21 +139,19 @@ void forward_row(const TokenLogprobsForward& args, int64_t row) {
 }
 
 struct RowGradient {
-  float inverse_tau;
   float max;
-  float log_sum;
-  float entropy;
-  float g;
-  float h;
+  float scale;
+  float log2_sum;
+  GradientTerms terms;
 };
 
 template <bool kEntropy>
 RK_FORMULA Floats gradient(Floats x, const RowGradient& row) {
-  const Floats logp = logprob((x - row.max) * row.inverse_tau, row.log_sum);
-  const Floats p = exp_nonpositive(logp);
-  if (!kEntropy) return p * -(row.g * row.inverse_tau);
-  const Floats grad = logit_gradient(p, logp, row.g, row.h, row.entropy, row.inverse_tau);
-  return logp < kExpUnderflow ? Floats{} : grad;  // 0·(-inf) is 0 here
+  const Floats t = (x - row.max) * row.scale - row.log2_sum;
+  const Floats bounded = at_least_negligible(t);
+  const Floats p = exp2_bounded(bounded);
+  const Floats grad = kEntropy ? logit_gradient(p, bounded, row.terms) : p * row.terms.level;
+  return t < kLeastExponent ? Floats{} : grad;  // exactly 0 where the probability is
 }
 
 template <class Type, bool kEntropy>
@@ -176,7 +184,8 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   const float entropy = args.entropy ? args.entropy[row] : 0.0f;
   const float max = args.normalization[2 * row];
   const float log_sum = args.normalization[2 * row + 1];
-  const RowGradient gradient = {inverse_tau, max, log_sum, entropy, g, h};
+  const RowGradient gradient = {max, inverse_tau * kLog2E, log_sum * kLog2E,
+                                gradient_terms(g, h, entropy, inverse_tau)};
   // Read before the row is overwritten, which it is where the gradient takes the logits' place.
   const bool here = target != kElsewhere;
   const float x_target = here ? element<Type>(x + target) : 0.0f;

@@ -28,15 +28,25 @@ RK_FORMULA ExpParts exp_parts(Floats x) {
 
 RK_FORMULA Floats power_of_two(Ints n) { return bits_as<Floats>((n + 127) << 23); }
 
-// Below this e^x is under the smallest normal float: softmax terms count as 0 from here on.
-constexpr float kExpUnderflow = -87.0f;
+// Below this exponent softmax terms count as 0.
+constexpr float kLeastExponent = -126.0f;
 
-// For x <= 0, exactly 0 below kExpUnderflow (-inf included); NaN stays NaN.
-RK_FORMULA Floats exp_nonpositive(Floats x) {
-  const ExpParts parts = exp_parts(x);
-  const Floats e = parts.fraction * power_of_two(parts.power);
-  return x < kExpUnderflow ? Floats{} : e;
+// 2^t for kLeastExponent <= t <= 0; NaN stays NaN.
+RK_FORMULA Floats exp2_bounded(Floats t) {
+  // Adding 1.5·2^23 + 127 leaves the nearest integer n in the low bits, with a float's bias.
+  const Floats magic = splat(12583039.0f);
+  const Floats shifted = t + magic;
+  const Floats f = t - (shifted - magic);  // |f| <= 1/2
+  // 2^f = 1 + f·q(f): minimax of degree 4 for the relative error, 9e-8.
+  Floats q = f * 1.32647239e-3f + 9.67151287e-3f;
+  q = q * f + 5.55073375e-2f;
+  q = q * f + 2.40222421e-1f;
+  q = q * f + 6.93146978e-1f;
+  return (q * f + 1.0f) * bits_as<Floats>(bits_as<Ints>(shifted) << 23);
 }
+
+// Softmax terms that do not matter become terms that do not matter, none of them 0·(-inf).
+RK_FORMULA Floats at_least_negligible(Floats t) { return larger(splat(kLeastExponent), t); }
 
 // For all x: infinity above the largest float, gradual underflow below.
 RK_FORMULA Floats vector_exp(Floats x) {

@@ -35,14 +35,27 @@ RK_FORMULA float entropy(float log_sum, float sum, float weighted) {
   return log_sum - weighted / sum;
 }
 
-// Gradient by a logit whose log-probability is logp, upstream g of the target's log-probability and
-// h of the entropy, divided by tau; for every element but the target.
-template <class F>
-RK_FORMULA F logit_gradient(F p, F logp, float g, float h, float entropy, float inverse_tau) {
-  return p * ((logp + entropy) * h + g) * -inverse_tau;
+// Exponents are taken to base 2, which costs nothing where 1/tau is a factor anyway: with
+// t = log2 p = (x - max)/(tau·ln 2) - log2 of the sum, the gradient by a logit, upstream g of the
+// target's log-probability and h of the entropy, is p·(t·slope + level), for all but the target.
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+struct GradientTerms {
+  float slope;
+  float level;
+};
+
+RK_FORMULA GradientTerms gradient_terms(float g, float h, float entropy, float inverse_tau) {
+  return {-h * inverse_tau * kLn2, -(g + h * entropy) * inverse_tau};
 }
 
-// The same for the target. 1 - p is formed without cancellation, and before any rounding.
+template <class F>
+RK_FORMULA F logit_gradient(F p, F t, const GradientTerms& terms) {
+  return p * (t * terms.slope + terms.level);
+}
+
+// The target's gradient. 1 - p is formed without cancellation, and before any rounding.
 RK_FORMULA float target_gradient(float logp, float g, float h, float entropy, float inverse_tau) {
   const float p = expf(logp);
   const float spread = p == 0.0f ? 0.0f : p * (logp + entropy);
