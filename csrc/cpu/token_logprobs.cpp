@@ -49,10 +49,10 @@ RK_FORMULA void prefetch(const void* begin, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(begin) + i);
 }
 
-// Sums of 2^t and 2^t·t, t = (x - max)·scale. A term of -inf becomes 2^-126: of no weight in either.
+// Sums of 2^t and 2^t·t, t = (x - max)·scale.
 template <bool kEntropy>
 RK_FORMULA void add_terms(SoftmaxSums<Floats>& sums, Floats x, float max, float scale) {
-  const Floats t = at_least_negligible((x - max) * scale);
+  const Floats t = bounded_exponent((x - max) * scale);
   const Floats e = exp2_bounded(t);
   sums.sum += e;
   if (kEntropy) sums.weighted += e * t;
@@ -95,15 +95,13 @@ RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) 
       if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
       max = highest;
     }
-    // While every logit is -inf, 0 stands for the maximum: the terms weigh nothing, and NaN stays NaN.
+    // While every logit is -inf, 0 stands for the maximum: the terms are 0, and NaN stays NaN.
     const float reference = max == -INFINITY ? 0.0f : max;
     const auto part = block_sums<Type, kEntropy>(x + start, count, reference, scale);
     total.sum += __builtin_convertvector(part.sum, Doubles);
     if (kEntropy) total.weighted += __builtin_convertvector(part.weighted, Doubles) * double(kLn2);
   }
-  // A row of nothing but -inf has no distribution.
-  const double sum = max == -INFINITY ? NAN : sum_of_lanes(total.sum);
-  return {max, sum, sum_of_lanes(total.weighted)};
+  return {max, sum_of_lanes(total.sum), sum_of_lanes(total.weighted)};
 }
 
 template <class Type>
@@ -147,11 +145,9 @@ struct RowGradient {
 
 template <bool kEntropy>
 RK_FORMULA Floats gradient(Floats x, const RowGradient& row) {
-  const Floats t = (x - row.max) * row.scale - row.log2_sum;
-  const Floats bounded = at_least_negligible(t);
-  const Floats p = exp2_bounded(bounded);
-  const Floats grad = kEntropy ? logit_gradient(p, bounded, row.terms) : p * row.terms.level;
-  return t < kLeastExponent ? Floats{} : grad;  // exactly 0 where the probability is
+  const Floats t = bounded_exponent((x - row.max) * row.scale - row.log2_sum);
+  const Floats p = exp2_bounded(t);
+  return kEntropy ? logit_gradient(p, t, row.terms) : p * row.terms.level;
 }
 
 template <class Type, bool kEntropy>

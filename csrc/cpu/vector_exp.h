@@ -28,12 +28,13 @@ RK_FORMULA ExpParts exp_parts(Floats x) {
 
 RK_FORMULA Floats power_of_two(Ints n) { return bits_as<Floats>((n + 127) << 23); }
 
-// Below this exponent softmax terms count as 0.
-constexpr float kLeastExponent = -126.0f;
+// At this exponent a softmax term is 0, as is 0·t then, where 0·(-inf) would be NaN.
+constexpr float kLeastExponent = -127.0f;
 
-// 2^t for kLeastExponent <= t <= 0; NaN stays NaN.
+// 2^t for kLeastExponent <= t <= 0, 0 where that is no normal float; NaN stays NaN.
 RK_FORMULA Floats exp2_bounded(Floats t) {
-  // Adding 1.5·2^23 + 127 leaves the nearest integer n in the low bits, with a float's bias.
+  // Adding 1.5·2^23 + 127 leaves the nearest integer n in the low bits, with a float's bias: -127
+  // becomes the exponent of 0.
   const Floats magic = splat(12583039.0f);
   const Floats shifted = t + magic;
   const Floats f = t - (shifted - magic);  // |f| <= 1/2
@@ -45,8 +46,7 @@ RK_FORMULA Floats exp2_bounded(Floats t) {
   return (q * f + 1.0f) * bits_as<Floats>(bits_as<Ints>(shifted) << 23);
 }
 
-// Softmax terms that do not matter become terms that do not matter, none of them 0·(-inf).
-RK_FORMULA Floats at_least_negligible(Floats t) { return larger(splat(kLeastExponent), t); }
+RK_FORMULA Floats bounded_exponent(Floats t) { return larger(splat(kLeastExponent), t); }
 
 // For all x: infinity above the largest float, gradual underflow below.
 RK_FORMULA Floats vector_exp(Floats x) {
