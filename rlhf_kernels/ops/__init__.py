@@ -104,7 +104,7 @@ def _first_derivative(name: str, backward: Callable[..., Any]) -> Callable[..., 
             gradients = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # it is, where create_graph=True
             return gradients
-        raising = torch._C._functions.DelayedError(message.encode(), len(gradients))
+        raising: Any = torch._C._functions.DelayedError(message.encode(), len(gradients))
         return raising(*(x if x is None else x.detach().requires_grad_() for x in gradients))
 
     return wrapped

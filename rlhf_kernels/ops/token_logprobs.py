@@ -5,7 +5,7 @@ Kernels take rows at one stride; the groups, one after the other, allow for anot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def _groups(
         yield place, logits[group], temperature if temperatures is None else temperatures[place]
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
