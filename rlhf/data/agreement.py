@@ -7,10 +7,15 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf.data.errors import DataError
+from rlhf.data.types import describe
+
+if TYPE_CHECKING:
+    import pandas
 
 Label = Hashable
 
@@ -59,15 +64,20 @@ class AgreementStats:
         return "\n".join(lines)
 
 
-def agreement_stats(annotations: Sequence[Sequence[Label]]) -> AgreementStats:
+def agreement_stats(
+    annotations: Sequence[Sequence[Label]] | np.ndarray | pandas.DataFrame,
+) -> AgreementStats:
     """Agreement statistics of ``annotations``: one row an item, one column an annotator.
 
-    Labels are anything hashable except None, such as "A", "B", "tie" or 0, 1, 2.
+    Labels are anything hashable, such as "A", "B", "tie" or 0, 1, 2. None, NaN (pandas' NA and NaT
+    too) and blank text are missing labels. A two-dimensional array or a DataFrame is read row by
+    row too.
 
     Raises:
-        DataError: for no items, fewer than two annotators, ragged rows and missing labels.
+        DataError: for no items, fewer than two annotators, ragged rows, missing or unhashable
+            labels, and rows that are no lists.
     """
-    rows = [list(row) for row in annotations]
+    rows = _listed(annotations)
     _check(rows)
     label_counts = Counter(label for row in rows for label in row)
     codes = {label: code for code, label in enumerate(label_counts)}
@@ -87,6 +97,27 @@ def agreement_stats(annotations: Sequence[Sequence[Label]]) -> AgreementStats:
     )
 
 
+def _listed(annotations: Any) -> list[list[Label]]:
+    if hasattr(annotations, "to_numpy"):  # a DataFrame would give its columns' names
+        annotations = annotations.to_numpy()
+    if isinstance(annotations, np.ndarray):
+        annotations = annotations.tolist()
+    if not isinstance(annotations, list | tuple):
+        raise DataError(
+            f"annotations is {describe(annotations)}; give a list with a list of labels an item."
+        )
+    rows = []
+    for number, row in enumerate(annotations, start=1):
+        labels = row.tolist() if isinstance(row, np.ndarray) else row
+        if not isinstance(labels, list | tuple):
+            raise DataError(
+                f"annotations, row {number}: the row is {describe(row)}; give a list of labels, "
+                "one an annotator."
+            )
+        rows.append(list(labels))
+    return rows
+
+
 def _check(rows: list[list[Label]]) -> None:
     if not rows:
         raise DataError("annotations holds no items; give at least one.")
@@ -101,10 +132,34 @@ def _check(rows: list[list[Label]]) -> None:
                 f"annotations, row {number}: {len(row)} labels, but the first row has {width}; "
                 "every item needs a label from every annotator."
             )
-        if any(label is None for label in row):
-            raise DataError(
-                f"annotations, row {number}: a label is missing; fill it in or leave the item out."
-            )
+        for label in row:
+            if not _is_hashable(label):
+                raise DataError(
+                    f"annotations, row {number}: the label {label!r} is {describe(label)}; give "
+                    "text, a number or anything else hashable."
+                )
+            if _is_missing(label):
+                raise DataError(
+                    f"annotations, row {number}: a label is missing ({label!r}); fill it in or "
+                    "leave the item out."
+                )
+
+
+def _is_hashable(label: Any) -> bool:
+    try:
+        hash(label)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_missing(label: Any) -> bool:
+    if label is None or (isinstance(label, str) and not label.strip()):
+        return True
+    try:
+        return bool(label != label)  # NaN and NaT alone
+    except TypeError:  # pandas' NA says neither yes nor no
+        return True
 
 
 def _cohen(one: np.ndarray, other: np.ndarray) -> float | None:

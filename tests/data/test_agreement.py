@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from rlhf.data import DataError, agreement_stats, load_rows
@@ -49,6 +51,13 @@ def test_labels_of_any_kind_count_the_same() -> None:
     assert one.mean_pairwise_agreement == pytest.approx(4 / 9)
 
 
+def test_tables_are_read_row_by_row() -> None:
+    rows = [["A", "B"], ["A", "A"], ["B", "B"]]
+    frame = pd.DataFrame(rows, columns=["first annotator", "second"])
+    for table in (frame, np.array(rows), [np.array(row) for row in rows]):
+        assert agreement_stats(table) == agreement_stats(rows)
+
+
 @pytest.mark.filterwarnings("error")
 def test_one_label_leaves_kappa_undefined() -> None:
     stats = agreement_stats([["A", "A"], ["A", "A"]])
@@ -74,6 +83,19 @@ def test_it_prints_as_a_table() -> None:
         ([[], []], "has 0 annotator"),
         ([["A", "B"], ["A"]], "row 2: 1 labels, but the first row has 2"),
         ([["A", "B"], ["A", None]], "row 2: a label is missing"),
+        ([["A", "B"], ["A", float("nan")]], r"row 2: a label is missing \(nan\)"),
+        (np.array([[1.0, 1.0], [np.nan, 1.0]]), "row 2: a label is missing"),
+        (pd.DataFrame({"a": ["A", "B"], "b": ["A", np.nan]}), "row 2: a label is missing"),
+        ([["A", pd.NA], ["A", "A"]], "row 1: a label is missing"),
+        ([["A", pd.NaT], ["A", "A"]], "row 1: a label is missing"),
+        ([["A", " "], ["A", "A"]], "row 1: a label is missing"),
+        ([["A", "A"], ["A", ["B"]]], r"row 2: the label \['B'\] is a list; .*hashable"),
+        ([["A", "A"], ["A", (["B"],)]], "row 2: the label .*hashable"),
+        (["AB", "AA"], "row 1: the row is text; give a list of labels"),
+        ([{"a": "A", "b": "B"}], "row 1: the row is an object; give a list of labels"),
+        (pd.Series(["AB", "AA"]), "row 1: the row is text; give a list of labels"),
+        ({"a": ["A"], "b": ["B"]}, "annotations is an object; give a list"),
+        (None, "annotations is null; give a list"),
     ],
 )
 def test_bad_annotations(annotations: Any, message: str) -> None:
