@@ -16,7 +16,7 @@ from rlhf.engine import MAX_SEED, check_number
 from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.ppo.generation import GenerationSettings, generate
 from rlhf.ppo.prompts import check_room_for_reward, encode_prompts, read_prompts
-from rlhf.ppo.scoring import Reward, score_responses
+from rlhf.ppo.scoring import Reward, check_reward, score_responses
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def best_of_n(
         ModelError: The policy cannot be loaded, or is an object and no tokenizer was given.
         RewardError: The reward failed or returned something unusable; the message names the prompt.
         DataError: A prompt is malformed or too long.
+        TypeError: The reward is no callable.
     """
     arguments = SimpleNamespace(n=n, seed=seed)
     check_number(arguments, "n", at_least=1, integer=True)
     check_number(arguments, "seed", at_least=0, at_most=MAX_SEED, integer=True)
+    check_reward(reward)
     settings = settings or GenerationSettings()
     tokenizer = load_tokenizer(tokenizer, policy)
     prepare_tokenizer(tokenizer)

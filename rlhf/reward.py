@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf.data import (
+    ChatFormat,
     DataError,
     EncodedPair,
     PreferenceDataset,
@@ -93,6 +94,7 @@ class RewardTrainer(SupervisedTrainer):
     """
 
     title = "reward"
+    config_class = RewardConfig
 
     def __init__(
         self,
@@ -115,22 +117,16 @@ class RewardTrainer(SupervisedTrainer):
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.reward_mean = 0.0
         self.reward_model = RewardModel(self.model, self.tokenizer, config.template)
-        self.train_pairs = self._encode(train, source_name(train_data))
+        chat_format = self.reward_model.chat_format
+        self.train_pairs = encode_pairs(
+            train, config, self.model, chat_format, source_name(train_data)
+        )
         eval_source = source_name(train_data if eval_data is None else eval_data)
-        self.eval_pairs = self._encode(held_out, eval_source) if held_out else []
+        self.eval_pairs = (
+            encode_pairs(held_out, config, self.model, chat_format, eval_source) if held_out else []
+        )
         self.has_eval = bool(self.eval_pairs)
         self._start([tokens(pair) for pair in self.train_pairs], sequences_per_example=2)
-
-    def _encode(self, pairs: list[PreferencePair], source: str) -> list[EncodedPair]:
-        limit = length_limit(self.model, self.config.max_length)
-        drop = self.config.overlong == "drop"
-        chat_format = self.reward_model.chat_format
-        encoded = encode_preferences(pairs, chat_format, sys.maxsize if drop else limit, source)
-        if drop:
-            encoded = leave_out_overlong(encoded, limit, source)
-        if not encoded:
-            raise DataError(f"{source}: no pair is left; raise max_length.")
-        return encoded
 
     def _weight(self, index: int) -> int:
         return 1
@@ -215,6 +211,29 @@ def correct(margins: Tensor) -> Tensor:
 
 def tokens(pair: EncodedPair) -> int:
     return len(pair.chosen.input_ids) + len(pair.rejected.input_ids)
+
+
+def encode_pairs(
+    pairs: list[PreferencePair],
+    config: RewardConfig,
+    model: Any,
+    chat_format: ChatFormat,
+    source: str,
+) -> list[EncodedPair]:
+    """Token ids of pairs within the length that config and model (of which only its own config is
+    read) allow.
+
+    Raises:
+        DataError: A pair cannot be used, or none is left.
+    """
+    limit = length_limit(model, config.max_length)
+    drop = config.overlong == "drop"
+    encoded = encode_preferences(pairs, chat_format, sys.maxsize if drop else limit, source)
+    if drop:
+        encoded = leave_out_overlong(encoded, limit, source)
+    if not encoded:
+        raise DataError(f"{source}: no pair is left; raise max_length.")
+    return encoded
 
 
 def leave_out_overlong(pairs: list[EncodedPair], limit: int, source: str) -> list[EncodedPair]:

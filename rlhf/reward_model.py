@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from rlhf.data import ChatFormat, Message, Text, pad_right
-from rlhf.engine import NonFiniteError, save_model
+from rlhf.engine import NonFiniteError, check_number, save_model
 from rlhf.engine.batching import chunks
 from rlhf.models import (
     context_length,
@@ -77,9 +78,11 @@ class RewardModel:
         """One score a prompt and response; an empty response is scored as silence.
 
         Raises:
-            ValueError: The lists differ in length, or an item is longer than the model's context.
+            ValueError: The lists differ in length, an item is no text or longer than the model's
+                context, or batch_size is no whole number of at least 1.
             NonFiniteError: A score is NaN or infinite.
         """
+        check_number(SimpleNamespace(batch_size=batch_size), "batch_size", at_least=1, integer=True)
         sequences = self._encode(prompts, responses)
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         scores = [math.nan] * len(sequences)
@@ -128,6 +131,11 @@ class RewardModel:
         limit = context_length(self.model)
         sequences = []
         for index, (prompt, response) in enumerate(zip(prompts, responses)):
+            for name, text in (("prompt", prompt), ("response", response)):
+                if not isinstance(text, str | list):
+                    raise ValueError(
+                        f"item {index}: the {name} is {text!r}; give a text or a list of messages"
+                    )
             ids, _ = self.chat_format.encode(prompt, response)
             if limit is not None and len(ids) > limit:
                 raise ValueError(

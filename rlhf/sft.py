@@ -66,6 +66,7 @@ class SFTTrainer(SupervisedTrainer):
     """
 
     title = "sft"
+    config_class = SFTConfig
 
     def __init__(
         self,

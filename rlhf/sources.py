@@ -30,9 +30,16 @@ def load_reward(name: str) -> Callable[..., Any]:
     module_name, colon, function_name = name.rpartition(":")
     if colon and function_name.isidentifier():
         return _function(module_name, function_name, name)
+    from rlhf.models import ModelError
     from rlhf.reward import RewardModel
 
-    return RewardModel.from_pretrained(name)
+    try:
+        return RewardModel.from_pretrained(name)
+    except ModelError as error:
+        raise ValueError(
+            f"reward {name!r}: {error} A reward is a folder written by `rlhf reward`, a Python "
+            "function (file.py:function or package.module:function), or heuristic."
+        ) from error
 
 
 def _function(module_name: str, function_name: str, name: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from rlhf.data import DataError, PreferenceDataset, PreferencePair, load_rows
 from rlhf.engine import NonFiniteError, OutputError, save_model
 from rlhf.models import ModelError, scalar_model_from_causal, score_head
 from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
+from rlhf.sft import SFTConfig
 
 # Rounding of float32 scores of about 1 through two layers.
 ATOL = 1e-5
@@ -186,6 +187,10 @@ def test_bad_requests() -> None:
         reward.score("w1", "w2")
     with pytest.raises(ValueError, match=r"item 1: .* context of 64"):
         reward.score(["w1", "w1"], ["w2", "w2 " * 70])
+    with pytest.raises(ValueError, match="item 0: the response is None; give a text"):
+        reward.score(["w1"], [None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number at least 1"):
+        reward.score(["w1"], ["w2"], batch_size=0)
     with pytest.raises(ValueError, match="tie_margin=-1"):
         reward.compare("w1", "w2", "w3", tie_margin=-1)
     torch.nn.init.constant_(score_head(reward.model).weight, math.nan)
@@ -281,6 +286,8 @@ def test_pad_equal_to_eos_is_refused(tmp_path: Path) -> None:
 def test_bad_inputs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows"):
         RewardTrainer(config(tmp_path), tiny_llama(), tiny_tokenizer(), [])
+    with pytest.raises(TypeError, match=r"RewardTrainer takes a RewardConfig .* a SFTConfig"):
+        RewardTrainer(SFTConfig(), tiny_llama(), None, rows())  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no decided pair"):
         RewardTrainer(config(tmp_path), tiny_llama(), tiny_tokenizer(), PreferenceDataset())
     same = [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]

@@ -7,7 +7,7 @@ schedule, ranks, saving and tracking. A trainer only says what its loss is.
 from __future__ import annotations
 
 from rlhf.engine.batching import epoch_steps
-from rlhf.engine.config import MAX_SEED, TrainingConfig, check_choice, check_number
+from rlhf.engine.config import MAX_SEED, TrainingConfig, check_choice, check_config, check_number
 from rlhf.engine.engine import Engine, NonFiniteError, discarding_on_error
 from rlhf.engine.precision import resolve_dtype
 from rlhf.engine.saving import (
@@ -32,6 +32,7 @@ __all__ = [
     "World",
     "begin_training",
     "check_choice",
+    "check_config",
     "check_kernels",
     "check_number",
     "discarding_on_error",

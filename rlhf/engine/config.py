@@ -60,6 +60,15 @@ def check_choice(config: Any, name: str, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
+def check_config(config: Any, config_class: type, user: str) -> None:
+    """Raise TypeError unless ``user`` was given its own kind of config."""
+    if not isinstance(config, config_class):
+        raise TypeError(
+            f"{user} takes a {config_class.__name__} as its config, and was given a "
+            f"{type(config).__name__}"
+        )
+
+
 @dataclass
 class TrainingConfig:
     """Settings that all trainers share.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.data import DataError, source_name, split_holdout
 from rlhf.engine.batching import epoch_steps
-from rlhf.engine.config import TrainingConfig, check_choice, check_number
+from rlhf.engine.config import TrainingConfig, check_choice, check_config, check_number
 from rlhf.engine.engine import Engine, discarding_on_error
 from rlhf.engine.saving import begin_training, ensure_writable
 from rlhf.engine.seeding import set_seed
@@ -62,11 +62,13 @@ class SupervisedTrainer(ABC):
     """
 
     title: ClassVar[str]
+    config_class: ClassVar[type]
     model: Any
     tokenizer: Any
     has_eval: bool
 
     def __init__(self, config: SupervisedConfig) -> None:
+        check_config(config, self.config_class, type(self).__name__)
         self.config = config
         ensure_writable(config.output_dir)  # before anything slow
         set_seed(config.seed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf.data import Text
 
@@ -18,6 +19,22 @@ Reward = Callable[..., Any]
 
 class RewardError(RuntimeError):
     """A reward failed, or returned something other than one finite number for each response."""
+
+
+def check_reward(reward: Any) -> None:
+    """Check, before anything is sampled, that a reward can be called with responses.
+
+    Raises:
+        TypeError: It cannot; the message names what is accepted.
+    """
+    if callable(reward) and not isinstance(reward, type | PreTrainedModel):
+        return
+    what = f"the class {reward.__name__}" if isinstance(reward, type) else type(reward).__name__
+    raise TypeError(
+        f"the reward is {what} ({_shown(reward)}); give a RewardModel "
+        "(RewardModel.from_pretrained(folder) loads one) or a function (prompts, responses, "
+        "**columns) that returns a list with one number for each response"
+    )
 
 
 def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:
@@ -39,13 +56,14 @@ def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Seque
     prompts = [row["prompt"] for row in rows]
     columns = _accepted_columns(reward, rows)
     try:
-        returned = reward(prompts, list(texts), **columns)
+        scores = _listed(reward(prompts, list(texts), **columns))
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(
             f"the reward raised {type(error).__name__}: {error} (while scoring {len(texts)} "
             f"responses, the first of them to the prompt {shorten(prompts[0])})"
         ) from error
-    scores = _listed(returned)
     if len(scores) != len(texts):
         raise RewardError(
             f"the reward returned {len(scores)} scores for {len(texts)} responses, the first of "
@@ -82,9 +100,11 @@ def _accepted_columns(reward: Reward, rows: Sequence[dict[str, Any]]) -> dict[st
 def _listed(returned: Any) -> list[Any]:
     if hasattr(returned, "tolist"):  # a tensor or an array
         returned = returned.tolist()
-    if isinstance(returned, str | dict) or not hasattr(returned, "__iter__"):
+    # Iterable too, but text is no number, and neither a set nor a dict has an order.
+    no_list = str | bytes | bytearray | Set | Mapping
+    if isinstance(returned, no_list) or not hasattr(returned, "__iter__"):
         raise RewardError(
-            f"the reward returned {type(returned).__name__} ({str(returned)[:80]}); it must return "
+            f"the reward returned {type(returned).__name__} ({_shown(returned)}); it must return "
             "a list with one number for each response"
         )
     return list(returned)
@@ -92,13 +112,21 @@ def _listed(returned: Any) -> list[Any]:
 
 def _number(score: Any, index: int, prompts: Sequence[Text], texts: Sequence[str]) -> float:
     try:
-        number = float(score)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(score, str | bytes | bytearray) else float(score)
+    except Exception:  # whatever the user's type raises; of an int, that it is too large
         number = math.nan
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise RewardError(
-            f"the reward of response {index + 1} of {len(texts)} is {score!r}; it must be a finite "
-            f"number. Prompt: {shorten(prompts[index])}. Response: {shorten(texts[index])}. "
-            "Nothing was updated."
+            f"the reward of response {index + 1} of {len(texts)} is {_shown(score)}; it must be "
+            f"a finite number. Prompt: {shorten(prompts[index])}. "
+            f"Response: {shorten(texts[index])}. Nothing was updated."
         )
     return number
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, whatever it is."""
+    try:
+        return repr(value)[:80]
+    except Exception:  # an int of more digits than Python prints, or the user's own type
+        return f"a {type(value).__name__}"

@@ -11,6 +11,7 @@ from rlhf.engine import (
     Engine,
     Trackers,
     begin_training,
+    check_config,
     check_kernels,
     ensure_writable,
     save_config,
@@ -36,7 +37,7 @@ from rlhf.ppo.prompts import (
     read_prompts,
 )
 from rlhf.ppo.rollout import estimate_advantages, make_experience
-from rlhf.ppo.scoring import Reward, score_responses
+from rlhf.ppo.scoring import Reward, check_reward, score_responses
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import run_epochs
 
@@ -75,6 +76,7 @@ class PPOTrainer:
         DataError: A prompt is malformed, or too long for the models' or the reward model's context;
             the message names its row.
         ModelError: A model cannot be loaded or does not fit the others.
+        TypeError: The reward is no callable, or the config another trainer's.
         BackendUnavailableError: RLHF_KERNELS_BACKEND names a backend that cannot run here.
     """
 
@@ -88,6 +90,8 @@ class PPOTrainer:
         critic: Any = None,
         reference: Any = None,
     ) -> None:
+        check_config(config, PPOConfig, "PPOTrainer")
+        check_reward(reward)
         ensure_writable(config.output_dir)
         check_kernels(*PRIMITIVES)
         self.config = config

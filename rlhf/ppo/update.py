@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, World, discarding_on_error
+from rlhf.engine import Engine, NonFiniteError, World, discarding_on_error
 from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.forward import head_inputs, response_values
-from rlhf.ppo.metrics import UpdateStats
+from rlhf.ppo.metrics import LOSSES, UpdateStats
 from rlhf_kernels import linear_ppo_loss
 
 
@@ -22,7 +24,7 @@ def run_epochs(
     """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
     stats = UpdateStats(policy.device)
     lengths = experience.lengths()
-    with discarding_on_error(policy, critic):
+    with discarding_on_error(policy, critic), naming_the_loss(stats, experience):
         for rows in minibatches(len(experience), config, seed):
             minibatch = experience.select(rows)
             normalizer = loss_normalizer(minibatch, config.aggregation, policy.world)
@@ -30,6 +32,24 @@ def run_epochs(
                 accumulate(part, policy, critic, config, normalizer, stats)
             stats.end_step(policy.step(), critic.step())
     return stats
+
+
+@contextmanager
+def naming_the_loss(stats: UpdateStats, experience: Experience) -> Iterator[None]:
+    """Say in a NonFiniteError which of the two losses it was; the engine knows only their sum."""
+    try:
+        yield
+    except NonFiniteError as error:
+        sums = dict(zip(LOSSES, stats.losses.tolist()))
+        bad = [name.replace("_", " ") for name, value in sums.items() if not math.isfinite(value)]
+        reach = f"The scores of this batch reach {experience.scores.abs().max().item():.3g}"
+        if not bad:  # a gradient, of which the engine has said whose
+            raise NonFiniteError(f"{error} {reach}.") from error
+        raise NonFiniteError(
+            f"the {' and the '.join(bad)} became NaN or infinite; this step was not taken. {reach} "
+            "and should be around 1: scale the rewards if they are far from it, else lower the "
+            "learning rate."
+        ) from error
 
 
 def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]:
@@ -67,8 +87,8 @@ def accumulate(
             config=config.loss_config(),
             normalizer=normalizer,
         )
-    policy.backward(loss)
     stats.add(loss_stats, part.response_mask.sum())
+    policy.backward(loss)
 
 
 def loss_normalizer(minibatch: Experience, aggregation: str, world: World) -> Tensor:

@@ -56,6 +56,8 @@ def test_wrong_arguments_are_clear_errors() -> None:
     for seed in (-1, 2**70, 0.5):
         with pytest.raises(ValueError, match=f"seed={seed}"):
             run(seed=seed)
+    with pytest.raises(TypeError, match="the reward is str"):
+        run(reward="heuristic")
     with pytest.raises(ModelError, match="tokenizer="):
         run(tokenizer=None)
     with pytest.raises(RewardError, match="'w1'"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_llama
 
-from rlhf.ppo.scoring import RewardError, score_responses
+from rlhf.ppo.scoring import RewardError, check_reward, score_responses
 
 ROWS = [{"prompt": "first prompt", "topic": "a"}, {"prompt": "second prompt", "topic": "b"}]
 TEXTS = ["one", "two"]
@@ -24,7 +26,12 @@ def test_lists_arrays_and_tensors_are_scores(returned: Any) -> None:
     assert scores.tolist() == [1.0, 2.5]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300, None, "good", [1.0]])
+HUGE = pytest.param(10**5000, id="an int that Python does not print")
+
+
+@pytest.mark.parametrize(
+    "bad", [nan, inf, 1e300, 10**400, HUGE, None, "good", "2.5", b"2.5", [1.0]]
+)
 def test_a_bad_score_names_its_prompt(bad: Any) -> None:
     with pytest.raises(RewardError, match=r"response 2 of 2.*'second prompt'"):
         score_responses(lambda prompts, responses: [1.0, bad], ROWS, TEXTS)
@@ -36,7 +43,10 @@ def test_a_wrong_number_of_scores_is_an_error(count: int) -> None:
         score_responses(lambda prompts, responses: [1.0] * count, ROWS, TEXTS)
 
 
-@pytest.mark.parametrize("returned", [None, 1.0, "12", {"a": 1}, torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "returned",
+    [None, 1.0, "12", b"12", {1.0, 2.0}, {"a": 1, "b": 2}, torch.tensor(1.0)],
+)
 def test_something_else_than_a_list_is_an_error(returned: Any) -> None:
     with pytest.raises(RewardError, match="a list with one number for each"):
         score_responses(lambda prompts, responses: returned, ROWS, TEXTS)
@@ -49,6 +59,21 @@ def test_an_exception_in_the_reward_is_named_and_kept() -> None:
     with pytest.raises(RewardError, match=r"KeyError: 'lexicon'.*'first prompt'") as error:
         score_responses(broken, ROWS, TEXTS)
     assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_generator_that_fails_on_its_way_is_named() -> None:
+    def halfway(prompts: list[str], responses: list[str]) -> Any:
+        yield 1.0
+        raise KeyError("lexicon")
+
+    with pytest.raises(RewardError, match=r"KeyError: 'lexicon'"):
+        score_responses(halfway, ROWS, TEXTS)
+
+
+@pytest.mark.parametrize("reward", [3.0, None, "runs/reward", [1.0], dict, tiny_llama()])
+def test_what_cannot_be_a_reward_is_said(reward: Any) -> None:
+    with pytest.raises(TypeError, match=r"give a RewardModel .* or a function"):
+        check_reward(reward)
 
 
 def test_columns_go_to_rewards_that_take_them() -> None:

@@ -156,9 +156,18 @@ def test_an_experience_turned_nan_stops_before_the_weights_change(make_trainer: 
     experience = trainer.rollout(next(trainer.prompts))
     experience.advantages = experience.advantages * float("nan")
     before = weights(trainer)
-    with pytest.raises(NonFiniteError, match="the policy"):
+    with pytest.raises(NonFiniteError, match="the policy loss became NaN"):
         trainer.update(experience)
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before))
+
+
+def test_scores_too_large_for_the_value_loss_are_said_so(make_trainer: Any) -> None:
+    def huge(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [1e20 * len(text) for text in responses]
+
+    trainer = make_trainer(reward=huge, whiten_advantages=False)
+    with pytest.raises(NonFiniteError, match=r"the value loss became .* reach \d.*e\+2.*scale"):
+        trainer.train()
 
 
 def test_a_failed_update_leaves_no_gradient_for_the_next(make_trainer: Any) -> None:
@@ -229,6 +238,13 @@ def test_a_tokenizer_must_be_given_beside_a_policy_object(tmp_path: Path) -> Non
     config = PPOConfig(output_dir=str(tmp_path))
     with pytest.raises(ModelError, match="no tokenizer is given"):
         PPOTrainer(config, make_policy(), None, ["w1"], lambda prompts, responses: [0.0])
+
+
+def test_a_reward_or_config_of_another_kind_is_said_at_once(make_trainer: Any) -> None:
+    with pytest.raises(TypeError, match="the reward is float"):
+        make_trainer(reward=3.0)
+    with pytest.raises(TypeError, match=r"PPOTrainer takes a PPOConfig as its config, .* a dict"):
+        PPOTrainer({}, make_policy(), None, ["w1"], print)  # type: ignore[arg-type]
 
 
 def test_a_finished_training_is_not_begun_again(make_trainer: Any, tmp_path: Path) -> None:
