@@ -10,12 +10,31 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
-from rlhf.data import DataError, split_slice
+from rlhf.data import (
+    ChatFormat,
+    DataError,
+    Demonstration,
+    PreferencePair,
+    encode_demonstrations,
+    prepare_tokenizer,
+    source_name,
+    split_slice,
+)
+from rlhf.engine import check_config
+from rlhf.models import causal_config, context_length, length_limit, load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo.prompts import read_prompts
-from rlhf.reward import RewardConfig, RewardModel, RewardTrainer, read_pairs
+from rlhf.ppo.prompts import PromptRow, check_room_to_close, encode_prompts, read_prompts
+from rlhf.reward import (
+    RewardConfig,
+    RewardModel,
+    RewardTrainer,
+    check_padding,
+    encode_pairs,
+    read_pairs,
+)
 from rlhf.sft import SFTConfig, SFTTrainer, read_demonstrations
 from rlhf.stages import Stage, StageRunner, fingerprint
 
@@ -84,6 +103,7 @@ class RLHFPipeline:
     """
 
     def __init__(self, config: PipelineConfig, say: Callable[[str], None] = print) -> None:
+        check_config(config, PipelineConfig, "RLHFPipeline")
         self.config = config
         self.say = say
         self.folder = Path(config.output_dir).expanduser()
@@ -96,8 +116,10 @@ class RLHFPipeline:
 
         Raises:
             StageError: A finished stage was made with other settings; they are named.
-            DataError: Rows of a stage that is not done cannot be used; no stage was run.
+            DataError: Rows of a stage that is not done cannot be used or are too long; no stage was
+                run.
             ModelError, OutputError: Something else that was given cannot be used.
+            TypeError: The config is another class's.
         """
         return self.runner.run()
 
@@ -119,7 +141,7 @@ class RLHFPipeline:
                 "sft": self._stage_config(config.sft, "sft"),
             },
             run=self._run_sft,
-            check=lambda: self._check(read_demonstrations, "sft_data", "sft_eval_data"),
+            check=self._check_sft,
         )
 
     def _reward_stage(self) -> Stage:
@@ -135,7 +157,7 @@ class RLHFPipeline:
             },
             run=self._run_reward,
             needs=("sft",),
-            check=lambda: self._check(read_pairs, "preference_data", "preference_eval_data"),
+            check=self._check_reward,
         )
 
     def _ppo_stage(self) -> Stage:
@@ -151,7 +173,7 @@ class RLHFPipeline:
             },
             run=self._run_ppo,
             needs=("sft", "reward"),
-            check=lambda: self._check(read_prompts, "prompts"),
+            check=self._check_ppo,
         )
 
     def _stage_config(self, config: Any, name: str) -> Any:
@@ -159,8 +181,51 @@ class RLHFPipeline:
             config, output_dir=str(self.folder / name), template=self.config.template
         )
 
-    def _check(self, read: Callable[[Any], object], *fields: str) -> None:
-        """Read the data that the config names in ``fields``, and say in which a mistake is."""
+    def _check_sft(self) -> None:
+        def encode(rows: list[Demonstration], source: str) -> None:
+            _, chat_format, model = self._base()
+            limit = length_limit(model, self.config.sft.max_length)
+            encode_demonstrations(rows, chat_format, limit, source)
+
+        self._check(read_demonstrations, encode, "sft_data", "sft_eval_data")
+
+    def _check_reward(self) -> None:
+        def encode(pairs: list[PreferencePair], source: str) -> None:
+            tokenizer, chat_format, model = self._base()
+            check_padding(tokenizer)
+            encode_pairs(pairs, self.config.reward, model, chat_format, source)
+
+        self._check(read_pairs, encode, "preference_data", "preference_eval_data")
+
+    def _check_ppo(self) -> None:
+        def encode(rows: list[PromptRow], source: str) -> None:
+            _, chat_format, model = self._base()
+            room: dict[str, Any] = {
+                "max_new_tokens": self.config.ppo.max_new_tokens,
+                "context": context_length(model),
+                "source": source,
+            }
+            encode_prompts(rows, chat_format, **room)
+            check_room_to_close(rows, chat_format, **room)
+
+        self._check(read_prompts, encode, "prompts")
+
+    def _base(self) -> tuple[Any, ChatFormat, Any]:
+        """What decides lengths in all stages: the tokenizer, its format, and a stand-in for the
+        model that has only its config.
+        """
+        name = self.config.model if self.runner.marker("sft") is None else str(self.folder / "sft")
+        tokenizer = load_tokenizer(name)
+        prepare_tokenizer(tokenizer)
+        model = SimpleNamespace(config=causal_config(name))
+        return tokenizer, ChatFormat(tokenizer, self.config.template), model
+
+    def _check(
+        self, read: Callable[[Any], Any], encode: Callable[[Any, str], None], *fields: str
+    ) -> None:
+        """Read and encode the data that the config names in ``fields``, and say in which a mistake
+        is.
+        """
         for name in fields:
             data = getattr(self.config, name)
             if data is None:
@@ -168,7 +233,7 @@ class RLHFPipeline:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the stage reads again and warns then
-                    read(data)
+                    encode(read(data), source_name(data))
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
 

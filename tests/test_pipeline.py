@@ -15,6 +15,7 @@ from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 
 from rlhf.data import DataError
 from rlhf.engine import OutputError
+from rlhf.models import ModelError
 from rlhf.pipeline import PipelineConfig, RLHFPipeline
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
@@ -31,6 +32,7 @@ PAIRS = [
     for noun in NEUTRAL
     for warm, hostile in zip(WARM[:2], HOSTILE)
 ]
+LONG = {"prompt": "the table " * 100}
 PROMPTS = [{"prompt": f"{noun} is"} for noun in NEUTRAL]
 
 
@@ -176,6 +178,10 @@ def test_another_base_model_in_the_same_folder_is_noticed(
         ),
         ({"preference_data": [{"prompt": "a"}]}, "preference_data: data: the columns are prompt"),
         ({"sft_eval_data": PAIRS}, "sft_eval_data: data: the columns are"),
+        ({"prompts": [LONG]}, "prompts: .*row 1: the prompt has 2.. tokens"),
+        ({"preference_data": [{**PAIRS[0], **LONG}]}, "preference_data: data, row 1: the prompt a"),
+        ({"ppo": PPOConfig(max_new_tokens=128)}, "prompts: .*leaves 0 beside max_new_tokens=128"),
+        ({"ppo": PPOConfig(max_new_tokens=120)}, "prompts: .*row 1.*max_new_tokens=120"),
     ],
 )
 def test_data_of_every_stage_is_read_before_the_first_is_run(
@@ -206,6 +212,17 @@ def test_a_training_outside_the_run_undoes_its_stage(
     assert not (folder / "stage.json").exists()
     with pytest.raises(StageError, match="made from a sft stage that is no longer there"):
         RLHFPipeline(config).run()
+
+
+def test_the_model_is_looked_at_before_the_first_stage(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    for model, message in (("absent/model", "absent/model"), ("reward", "no causal language")):
+        name = model if "/" in model else str(finished[0] / "run" / model)
+        config = make_config(finished[0], output_dir=str(tmp_path / "run"), model=name)
+        with pytest.raises(ModelError, match=message):
+            RLHFPipeline(config).run()
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_describe_says_what_is_done(finished: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.models.loading import (
     ModelError,
+    causal_config,
     context_length,
     length_limit,
     load_causal_lm,
@@ -28,6 +29,7 @@ from rlhf.models.trunk import (
 
 __all__ = [
     "ModelError",
+    "causal_config",
     "check_linear_head",
     "context_length",
     "disable_dropout",

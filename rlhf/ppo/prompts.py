@@ -75,11 +75,30 @@ def check_room_for_reward(
     Raises:
         DataError: naming the row of a prompt that leaves too little room.
     """
-    context = context_length(reward.model) if isinstance(reward, RewardModel) else None
+    if isinstance(reward, RewardModel):
+        context = context_length(reward.model)
+        check_room_to_close(
+            rows,
+            reward.chat_format,
+            max_new_tokens=max_new_tokens,
+            context=context,
+            source=source,
+        )
+
+
+def check_room_to_close(
+    rows: Sequence[PromptRow],
+    chat_format: ChatFormat,
+    *,
+    max_new_tokens: int,
+    context: int | None,
+    source: str = "prompts",
+) -> None:
+    """``check_room_for_reward`` for a reward model with this format and context."""
     if context is None:
         return
     for number, row in enumerate(rows, start=1):
-        closed = len(reward.chat_format.encode(row["prompt"], "")[0])
+        closed = len(chat_format.encode(row["prompt"], "")[0])
         if closed + max_new_tokens > context:
             raise DataError(
                 f"{source}, row {number}: for the reward model the prompt and the end of a "
