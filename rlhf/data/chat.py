@@ -3,10 +3,16 @@
 A conversation is rendered as text up to each border between a prompt and an assistant's turn.
 What lies between two borders is tokenised for itself and the pieces are joined, so the ids of a
 prompt are exactly the first ids of that prompt with an answer, whatever the tokenizer would merge.
+
+Only the template writes special tokens. Where a message's own text spells one ("</s>",
+"<|im_end|>"), it becomes the ordinary tokens of those characters, so no text can end a turn or
+forge another. To this end the spelling is broken by a mark before the template sees it, and the
+rendered text is tokenised on each side of the mark.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +20,7 @@ from rlhf.data.errors import DataError
 from rlhf.data.types import Message, Text, completion_messages, prompt_messages
 
 TEMPLATES = ("auto", "instruction", "none")
+_MARK = "\ufdd0"  # a code point that Unicode keeps for such uses; in a text it would be dropped
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class ChatFormat:
         self.template = "chat" if has_chat else template.replace("auto", "instruction")
         self._bos = [] if has_chat else _leading_bos(tokenizer)
         self._anchor = _find_anchor(tokenizer)
+        self._special = _special_pattern(tokenizer)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """The ids [P] that a model continues to answer ``prompt``.
@@ -84,6 +92,10 @@ class ChatFormat:
         """
         return self._encode(messages, first_trained=0)
 
+    def special_tokens_in(self, text: str) -> list[str]:
+        """The special tokens that ``text`` spells; they are encoded as ordinary characters."""
+        return list(dict.fromkeys(self._special.findall(text))) if self._special else []
+
     def decode_completion(self, ids: list[int]) -> str:
         """The text of completion ids, without special tokens, exactly as it continues a prompt.
 
@@ -102,6 +114,7 @@ class ChatFormat:
     # Rendering
 
     def _pieces(self, messages: list[Message], *, open_turn: bool) -> list[_Piece]:
+        messages = [{**m, "content": self._broken(m["content"])} for m in messages]
         pieces: list[_Piece] = []
         done = ""
         for i, message in enumerate(messages):
@@ -114,6 +127,12 @@ class ChatFormat:
         if open_turn:
             pieces.append(_Piece(self._continue(done, messages, open_turn=True)[len(done) :]))
         return pieces
+
+    def _broken(self, text: str) -> str:
+        """``text`` with a mark behind the first character of every special token in it."""
+        if self._special is None:
+            return text
+        return self._special.sub(lambda match: text[match.start()] + _MARK, text)
 
     def _continue(self, done: str, messages: list[Message], *, open_turn: bool) -> str:
         """Render ``messages``, making sure that the text goes on from ``done``."""
@@ -194,6 +213,13 @@ class ChatFormat:
         return self._text_ids(piece.text, continues=continues)
 
     def _text_ids(self, text: str, *, continues: bool) -> list[int]:
+        ids: list[int] = []
+        for part in text.split(_MARK):
+            ids += self._part_ids(part, continues=continues)
+            continues = continues or bool(part)
+        return ids
+
+    def _part_ids(self, text: str, *, continues: bool) -> list[int]:
         if not text:
             return []
         if not (continues and self._anchor):
@@ -207,6 +233,18 @@ class ChatFormat:
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches where the text of a special token begins, also within another one's.
+
+    A token of a single character cannot be broken up, so it stays what it is.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 1}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    spelled = "|".join(map(re.escape, longest_first))
+    return re.compile(f"(?=({spelled})).", re.DOTALL) if tokens else None
 
 
 def _leading_bos(tokenizer: Any) -> list[int]:

@@ -14,7 +14,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.data.errors import DataError
 from rlhf.data.formats import Demonstration
 from rlhf.data.preferences import PreferencePair
-from rlhf.data.types import Text
+from rlhf.data.types import Message, Text, completion_messages, prompt_messages
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,21 @@ def encode_demonstrations(
 ) -> list[EncodedExample]:
     """Token ids of demonstrations, cut on the right at ``max_length``; one warning counts them.
 
+    Another warning counts the rows whose texts spell special tokens, which stay ordinary text.
+
     Raises:
         DataError: naming source and row, if no token to learn from is left within the length.
     """
     examples = []
+    spelled: dict[int, list[str]] = {}
     for number, demonstration in enumerate(demonstrations, start=1):
+        row = demonstration.row or number
         try:
             examples.append(_encode_demonstration(demonstration, chat_format, max_length))
         except DataError as error:
-            raise error.at(source, demonstration.row or number) from error
+            raise error.at(source, row) from error
+        spelled[row] = _special_tokens_in(_messages(demonstration), chat_format)
+    _warn_of_special_tokens(spelled, source)
     _warn_of_truncation(sum(e.truncated for e in examples), len(examples), max_length, source)
     return examples
 
@@ -62,18 +68,24 @@ def encode_preferences(
     source: str = "data",
 ) -> list[EncodedPair]:
     """Token ids of preference pairs, completions cut on the right at ``max_length``; one warning
-    counts the completions that were cut.
+    counts the completions that were cut, another the rows whose texts spell special tokens, which
+    stay ordinary text.
 
     Raises:
         DataError: naming source and row, if the prompt alone fills the length, or the two sides
             are the same within it.
     """
     encoded = []
+    spelled: dict[int, list[str]] = {}
     for number, pair in enumerate(pairs, start=1):
+        row = pair.row or number
         try:
             encoded.append(_encode_pair(pair, chat_format, max_length))
         except DataError as error:
-            raise error.at(source, pair.row or number) from error
+            raise error.at(source, row) from error
+        completions = completion_messages(pair.chosen) + completion_messages(pair.rejected)
+        spelled[row] = _special_tokens_in(prompt_messages(pair.prompt) + completions, chat_format)
+    _warn_of_special_tokens(spelled, source)
     cut = sum(pair.chosen.truncated + pair.rejected.truncated for pair in encoded)
     _warn_of_truncation(cut, 2 * len(encoded), max_length, source)
     return encoded
@@ -157,6 +169,29 @@ def _warn_of_truncation(count: int, total: int, max_length: int, source: str) ->
         warnings.warn(
             f"{source}: {count} of {total} sequences were longer than max_length={max_length} "
             "tokens and lost their end.",
+            stacklevel=3,
+        )
+
+
+def _messages(demonstration: Demonstration) -> list[Message]:
+    if demonstration.messages is not None:
+        return demonstration.messages
+    return prompt_messages(demonstration.prompt) + completion_messages(demonstration.completion)
+
+
+def _special_tokens_in(messages: list[Message], chat_format: ChatFormat) -> list[str]:
+    return [t for message in messages for t in chat_format.special_tokens_in(message["content"])]
+
+
+def _warn_of_special_tokens(spelled: dict[int, list[str]], source: str) -> None:
+    """One warning for the rows whose texts spell special tokens."""
+    rows = {row: tokens for row, tokens in spelled.items() if tokens}
+    if rows:
+        tokens = ", ".join(sorted({repr(token) for found in rows.values() for token in found}))
+        warnings.warn(
+            f"{source}: {len(rows)} rows, the first of them row {next(iter(rows))}, hold {tokens} "
+            "in their texts. It is read as ordinary text there; remove it if it was meant to mark "
+            "a turn: the template does that.",
             stacklevel=3,
         )
 

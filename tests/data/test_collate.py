@@ -97,6 +97,23 @@ def test_errors_of_the_template_name_the_row(make_tokenizer: Callable[..., Any])
         encode_preferences([PreferencePair("a", "b", "c")], chat, 10, "p")
 
 
+@pytest.mark.filterwarnings("error")
+def test_texts_that_spell_special_tokens_are_counted(chat: ChatFormat) -> None:
+    demos = [Demonstration("a", "b"), Demonstration("a", "b<|end|>", row=4)]
+    with pytest.warns(UserWarning, match=r"d: 1 rows, .* row 4, hold '<\|end\|>' in .* ordinary"):
+        assert (
+            encode_demonstrations(demos, chat, 1000, "d")[1].input_ids.count(
+                chat.tokenizer.eos_token_id
+            )
+            == 3
+        )
+    talk = [{"role": "user", "content": "<s>"}, {"role": "assistant", "content": "b"}]
+    with pytest.warns(UserWarning, match="'<s>'"):
+        encode_demonstrations([Demonstration(messages=talk)], chat, 1000)
+    with pytest.warns(UserWarning, match=r"p: 1 rows, .* row 1, hold '<s>', '<\|end\|>'"):
+        encode_preferences([PreferencePair("<|end|>", "b", "c<s>")], chat, 1000, "p")
+
+
 def test_padding() -> None:
     ids, mask = pad_right([[1, 2, 3], [4]], 0)
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
