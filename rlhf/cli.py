@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -282,8 +283,17 @@ def build_parser(name: str) -> Any:
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Keeps the lines of the examples as they are."""
 
+    class Parser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+        """Says how a name in a YAML file is written, where a dash was the mistake."""
+
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            found = re.search(r"[Oo]ption '([^']*-[^']*)'", message)
+            if found:
+                message += f" (in a YAML file: {found[1].replace('-', '_')}, with underscores)"
+            super().error(message, ex)
+
     command = COMMANDS[name]
-    parser = jsonargparse.ArgumentParser(
+    parser = Parser(
         prog=f"rlhf {name}",
         usage=f"rlhf {name} [options]",
         description=command.description,

@@ -111,6 +111,16 @@ def test_nested_yaml_with_overrides_for_the_pipeline(folder: Path) -> None:
     assert config.ppo.clip_range == 0.2
 
 
+def test_a_dash_in_a_yaml_name_is_explained(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "dash.yaml"
+    for command, text in (("sft", "learning-rate: 1"), ("pipeline", "sft: {learning-rate: 1}")):
+        path.write_text(text + "\n")
+        assert main([command, "--config", str(path)]) == 2
+        assert "learning_rate, with underscores" in capsys.readouterr().err
+
+
 # Runs
 
 
@@ -199,6 +209,7 @@ def options(folder: Path, **changes: str) -> list[str]:
         ({"prompts": "/nowhere/p.jsonl"}, "there is no such file"),
         ({"prompts": "{folder}/prompts.jsonl[50:]"}, "holds none of the 10 rows"),
         ({"policy": "{folder}"}, "no config.json"),
+        ({"reward": "{folder}/heuristik"}, "file.py:function or package.module:function), or heur"),
         ({"reward": "{folder}/words.py:nothing"}, "has no function 'nothing'"),
         ({"reward": "{folder}/absent.py:length"}, "there is no file"),
         ({"reward": "no_such_module:length"}, "there is no module 'no_such_module'"),
