@@ -16,13 +16,17 @@ class OutputError(OSError):
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file in one step: whoever looks sees the old file or the new one, never half.
+    """Write a UTF-8 file as ``write_bytes`` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file in one step: whoever looks sees the old file or the new one, never half.
 
     Raises:
         OutputError: It cannot be written; the message names the file and the reason.
     """
     path = Path(path).expanduser()
-    data = text.encode("utf-8")  # here, so that text that is no Unicode leaves nothing behind
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.write_bytes(data)

@@ -13,6 +13,7 @@ from rlhf.data.preferences import PreferencePair
 from rlhf.data.types import (
     Message,
     Text,
+    as_list,
     check_completion,
     check_messages,
     check_prompt,
@@ -129,8 +130,9 @@ def to_prompts(
     Raises:
         DataError: naming source and row.
     """
+    given = as_list(rows, source)
     rows = _listed(
-        ({"prompt": row} if isinstance(row, str) else row for row in rows), source, first_row
+        [{"prompt": row} if isinstance(row, str) else row for row in given], source, first_row
     )
     columns = _columns(rows)
     if {"chosen", "rejected"} <= columns and not columns & {"prompt", "instruction", "messages"}:
@@ -266,7 +268,7 @@ def _has_silence(pair: PreferencePair) -> bool:
 
 
 def _listed(rows: Iterable[Row], source: str, first_row: int) -> list[Row]:
-    listed = list(rows)
+    listed = as_list(rows, source)
     if not listed:
         raise DataError(f"{source}: there are no rows; give at least one.")
     for number, row in enumerate(listed, first_row):

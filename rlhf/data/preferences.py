@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.errors import DataError
+from rlhf.data.reading import is_zipped, read_lines
 from rlhf.data.types import (
     Message,
     Text,
@@ -16,7 +19,7 @@ from rlhf.data.types import (
     check_prompt,
     completion_messages,
 )
-from rlhf.files import write_text
+from rlhf.files import write_bytes
 
 _PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 _TIE_COLUMNS = ("prompt", "response_a", "response_b", "preference")
@@ -100,6 +103,8 @@ class PreferenceDataset:
         taken = sorted(set(metadata) & {*_PAIR_COLUMNS, *_TIE_COLUMNS})
         if taken:
             raise DataError(f"metadata cannot be called {', '.join(taken)}; choose other names.")
+        for name, response in (("response_a", response_a), ("response_b", response_b)):
+            check_completion(response, name, allow_empty=True)  # pairs and ties ask for more
         if preference == "tie":
             self.ties.append(TiedComparison(prompt, response_a, response_b, metadata))
         elif preference == "A":
@@ -118,24 +123,44 @@ class PreferenceDataset:
 
     def save(self, path: str | Path) -> None:
         """Write JSON Lines: pairs as ``prompt, chosen, rejected``, then ties as ``prompt,
-        response_a, response_b, preference``; metadata as further columns.
+        response_a, response_b, preference``; metadata as further columns. A name that ends in
+        ``.gz`` is packed.
 
         Raises:
-            DataError: if metadata is no JSON, or is named like one of those columns.
+            DataError: naming the pair or tie, if metadata is no JSON or text, or is named like
+                one of those columns.
             OutputError: if the file cannot be written.
         """
-        lines = [self._line(item, _PAIR_COLUMNS) for item in self.pairs]
-        lines += [self._line(item, _TIE_COLUMNS) for item in self.ties]
-        write_text(path, "".join(line + "\n" for line in lines))
+        data = self._lines(self.pairs, _PAIR_COLUMNS, "pairs")
+        data += self._lines(self.ties, _TIE_COLUMNS, "ties")
+        write_bytes(path, gzip.compress(data, mtime=0) if is_zipped(Path(path)) else data)
+
+    @classmethod
+    def _lines(
+        cls, items: Sequence[PreferencePair | TiedComparison], columns: tuple[str, ...], name: str
+    ) -> bytes:
+        lines = []
+        for number, item in enumerate(items, start=1):
+            try:
+                lines.append(cls._line(item, columns))
+            except DataError as error:
+                raise error.at(name, number) from error
+        return b"".join(lines)
 
     @staticmethod
-    def _line(item: PreferencePair | TiedComparison, columns: tuple[str, ...]) -> str:
+    def _line(item: PreferencePair | TiedComparison, columns: tuple[str, ...]) -> bytes:
         row = {name: getattr(item, name, "tie") for name in columns}
         taken = sorted(set(item.metadata) & {*_PAIR_COLUMNS, *_TIE_COLUMNS})
         if taken:
             raise DataError(f"metadata cannot be called {', '.join(taken)}; choose other names.")
         try:
-            return json.dumps({**row, **item.metadata}, ensure_ascii=False, allow_nan=False)
+            line = json.dumps({**row, **item.metadata}, ensure_ascii=False, allow_nan=False)
+            return line.encode() + b"\n"
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the metadata {item.metadata!r} holds half a surrogate pair, which is no "
+                "character; correct the text."
+            ) from error
         except (TypeError, ValueError) as error:
             raise DataError(f"the metadata {item.metadata!r} is no JSON: {error}.") from error
 
@@ -144,13 +169,17 @@ class PreferenceDataset:
         """Read what ``save`` wrote.
 
         Raises:
-            DataError: for a missing file, broken JSON or a row of another form, with its number.
+            DataError: for what is no file, is not packed though its name ends in ``.gz`` or is no
+                UTF-8, and for broken JSON and rows of another form, with their number.
         """
         dataset = cls()
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise DataError(f"{path}: there is no such file; check the path.")
         try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: there is no such file; check the path.") from error
+            lines = list(read_lines(file))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read: {error}.") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

@@ -6,6 +6,8 @@ messages. A completion is plain text, which is one assistant turn, or a list of 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf.data.errors import DataError
@@ -14,6 +16,7 @@ Message = dict[str, str]
 Text = str | list[Message]
 
 ROLES = ("system", "user", "assistant")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 
 
 def describe(value: Any) -> str:
@@ -22,19 +25,33 @@ def describe(value: Any) -> str:
         return "null"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
     return f"a value of type {type(value).__name__}"
 
 
-def check_string(value: Any, what: str) -> str:
+def as_list(rows: Any, source: str) -> list[Any]:
+    """Rows as a list; refuses what would fall into letters, keys or column names."""
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(f"{source}: the rows are {describe(rows)}; give a list of objects.")
+    if hasattr(rows, "iterrows"):
+        raise DataError(f"{source}: the rows are a DataFrame; read it with load_rows.")
+    return list(rows)
+
+
+def check_string(value: Any, what: str, *, allow_empty: bool = False) -> str:
     """``value`` if it is text with something in it."""
     if not isinstance(value, str):
         raise DataError(f"{what} is {describe(value)}; give it text.")
-    if not value.strip():
+    if not allow_empty and not value.strip():
         raise DataError(f"{what} is empty; fill it in or remove the row.")
+    if SURROGATE.search(value):
+        raise DataError(
+            f"{what} holds half a surrogate pair, which is no character; correct the text or "
+            "remove the row."
+        )
     return value
 
 
@@ -47,10 +64,10 @@ def check_message(value: Any, what: str, *, allow_empty: bool = False) -> Messag
     role = value.get("role")
     if role not in ROLES:
         raise DataError(f"{what} has the unknown role {role!r}; use one of {', '.join(ROLES)}.")
-    content = value.get("content")
-    if not (allow_empty and isinstance(content, str)):
-        check_string(content, f"the content of {what} ({role})")
-    return {"role": role, "content": str(content)}
+    content = check_string(
+        value.get("content"), f"the content of {what} ({role})", allow_empty=allow_empty
+    )
+    return {"role": role, "content": content}
 
 
 def check_messages(value: Any, what: str, *, allow_empty: bool = False) -> list[Message]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from rlhf.data import (
@@ -247,3 +248,18 @@ def test_prompts_of_conversations_and_pairs() -> None:
 def test_bad_prompts(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"p, row 1: .*{message}"):
         to_prompts([row], "p")
+
+
+@pytest.mark.parametrize("convert", [to_demonstrations, to_preferences, to_prompts])
+@pytest.mark.parametrize("rows", [None, "text", {"prompt": ["a"]}, pd.DataFrame({"prompt": ["a"]})])
+def test_what_is_no_list_of_rows(convert: Any, rows: Any) -> None:
+    with pytest.raises(DataError, match=r"data: the rows are (null|text|an object|a DataFrame); "):
+        convert(rows)
+
+
+def test_half_a_surrogate_pair_names_the_row() -> None:
+    with pytest.raises(DataError, match="data, row 2: prompt holds half a surrogate pair"):
+        to_prompts([{"prompt": "a"}, {"prompt": "\ud83d"}])
+    silent = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]
+    with pytest.raises(DataError, match=r"data, row 1: the content of message 2 .* half a surr"):
+        to_demonstrations([{"messages": silent}])

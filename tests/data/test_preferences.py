@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def test_a_saved_file_can_be_trained_on(tmp_path: Path) -> None:
     assert pairs == filled().pairs
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.jsonl.GZ"])
+def test_saved_and_loaded_packed(tmp_path: Path, name: str) -> None:
+    filled().save(tmp_path / name)
+    assert gzip.decompress((tmp_path / name).read_bytes()).startswith(b'{"prompt": "p"')
+    again = PreferenceDataset.load(tmp_path / name)
+    assert (again.pairs, again.ties) == (filled().pairs, filled().ties)
+
+
+def test_loaded_with_a_byte_order_mark(tmp_path: Path) -> None:
+    filled().save(tmp_path / "pairs.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "pairs.jsonl").read_bytes())
+    assert PreferenceDataset.load(tmp_path / "x.jsonl").pairs == filled().pairs
+
+
 @pytest.mark.parametrize("preference", ["a", "", "C", None, 1, "TIE"])
 def test_other_preferences_are_refused(preference: Any) -> None:
     dataset = PreferenceDataset()
@@ -80,7 +95,9 @@ def test_other_preferences_are_refused(preference: Any) -> None:
     ("comparison", "message"),
     [
         (("p", "same", "same ", "A"), "chosen and rejected are identical"),
-        (("p", "", "b", "B"), "rejected is empty"),
+        (("p", "", "b", "A"), "response_a is empty"),
+        (("p", "", "b", "B"), "response_a is empty"),
+        (("p", "a\ud83d", "b", "A"), "response_a holds half a surrogate pair"),
         (("p", "a", "", "tie"), "response_b is empty"),
         (("", "a", "b", "A"), "prompt is empty"),
         (([{"role": "x", "content": "y"}], "a", "b", "A"), "unknown role 'x'"),
@@ -115,8 +132,8 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     filled().save(path)
     before = path.read_bytes()
-    for metadata in ({"x": object()}, {"x": float("nan")}, {"prompt": "p"}):
-        with pytest.raises(DataError, match="metadata"):
+    for metadata in ({"x": object()}, {"x": float("nan")}, {"prompt": "p"}, {"x": "\ud83d"}):
+        with pytest.raises(DataError, match=r"pairs, row 1: .*metadata"):
             PreferenceDataset([PreferencePair("p", "a", "b", metadata)]).save(path)
     assert path.read_bytes() == before
 
@@ -152,3 +169,13 @@ def test_broken_files(tmp_path: Path, line: str, message: str) -> None:
         PreferenceDataset.load(path)
     with pytest.raises(DataError, match="there is no such file"):
         PreferenceDataset.load(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="there is no such file"):
+        PreferenceDataset.load(tmp_path)
+    path.write_bytes(b"\n{\xe9}")
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: .* for UTF-8"):
+        PreferenceDataset.load(path)
+    packed = gzip.compress(b"{}")
+    for data in (b"{}", packed[:-9], packed[:10] + b"\xff" * 20):
+        (tmp_path / "x.gz").write_bytes(data)
+        with pytest.raises(DataError, match=r"x.gz: cannot be read: "):
+            PreferenceDataset.load(tmp_path / "x.gz")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 
 from rlhf.data import (
@@ -61,13 +62,25 @@ def test_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert load_rows(path).to_list() == [{"prompt": "a", "completion": "4"}]
 
 
+def test_csv_as_pandas_writes_it(tmp_path: Path) -> None:
+    pd.DataFrame(ROWS, index=[5, 9]).to_csv(tmp_path / "x.csv")
+    assert load_rows(tmp_path / "x.csv").to_list() == ROWS
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.GZ", "x.JSONL", "x.CSV.Gz"])
+def test_capital_letters_in_names(tmp_path: Path, name: str) -> None:
+    data = as_bytes("." + name.split(".")[1].lower(), tmp_path)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name[-1] in "zZ" else data)
+    assert load_rows(tmp_path / name).to_list() == ROWS
+
+
 def test_saved_folders(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(tmp_path / "one")
     assert load_rows(tmp_path / "one").to_list() == ROWS
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "two")
     assert load_rows(tmp_path / "two", split="test").to_list() == ROWS[1:]
-    with pytest.raises(DataError, match="no split 'dev'; the folder has train, test"):
+    with pytest.raises(DataError, match="no split 'dev'; its splits are train, test"):
         load_rows(tmp_path / "two", split="dev")
     with pytest.raises(DataError, match=r"not written by Dataset\.save_to_disk"):
         load_rows(tmp_path)
@@ -77,6 +90,10 @@ def test_lists_and_datasets() -> None:
     table = load_rows(ROWS)
     assert table.to_list() == ROWS
     assert load_rows(table) is table
+    assert load_rows(pd.DataFrame(ROWS, index=[5, 9])).to_list() == ROWS
+    parts = datasets.DatasetDict(train=table, test=table.select([1]))
+    assert load_rows(parts).to_list() == ROWS
+    assert load_rows(parts, split="test").to_list() == ROWS[1:]
     uneven = load_rows([{"prompt": "a"}, {"prompt": "b", "extra": 1}])
     assert uneven.to_list() == [{"prompt": "a", "extra": None}, {"prompt": "b", "extra": 1}]
 
@@ -118,11 +135,19 @@ def test_a_missing_file_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, name: 
         ("x.csv", "", "x.csv: the file is empty"),
         ("x.csv", "prompt,completion\n", "a header but no row"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", r"x.csv, row 2: 3 cells, but the header has 2"),
-        ("x.csv", b"a,b\nx,caf\xe9\n", "x.csv: cannot be read as csv: .*utf-8"),
+        ("x.csv", b"a,b\nx,caf\xe9\n", "x.csv, line 2: .* for UTF-8; save the file as UTF-8"),
+        ("x.jsonl", b'{"a":"b"}\n{"a":"caf\xe9"}\n', "x.jsonl, line 2: .* for UTF-8"),
+        ("x.json.gz", b'[{"a":"b"},\n{"a":"caf\xe9"}]', "x.json.gz, line 2: .* for UTF-8"),
+        ("x.csv", "a,b,a\n1,2,3\n", "x.csv: several columns are called a; rename or remove"),
+        ("x.csv", ",\n1,2\n", "x.csv: no column has a name"),
+        ("x.csv", b"\xef\xbb\xbf", "x.csv: there is a header but no row"),
+        ("x.csv", 'a\n1\n"2\n', "x.csv, row 2: not valid CSV: .*missing quote"),
+        ("x.csv", f"a\n1\n{'x' * 140_000}\n", r"x.csv, row 2: .*JSON Lines \(.jsonl\)"),
         ("x.jsonl", '{"a":"b"}\n\n{"a":\n', "x.jsonl, row 2: not valid JSON: .*column 6"),
         ("x.jsonl", '{"a":"b"}\n[1]\n', "x.jsonl, row 2: the row is a list; give an object"),
         ("x.json", "5", "x.json, row 1: the row is a value of type int; give an object"),
-        ("x.jsonl", '{"a":1180591620717411303424}', "x.jsonl: the rows fit no table"),
+        ("x.jsonl", '{"a":1}\n{"a":1180591620717411303424}', "x.jsonl, row 2: .*more than 64 bits"),
+        ("x.jsonl", '{"a":"b"}\n{"a":["\\ud83d"]}', "x.jsonl, row 2: .*half a surrogate pair"),
         ("x.json", '[{"a":"b"},', "x.json: not valid JSON: .*line 1 column"),
         ("x.json", '{"a":"b"}\n{"a"\n', "x.json, row 2: not valid JSON"),
         ("x.parquet", "PAR1 nothing", "x.parquet: cannot be read as parquet"),
@@ -146,9 +171,15 @@ def test_a_file_that_only_claims_to_be_packed(tmp_path: Path) -> None:
     [
         ([], "data: there are no rows"),
         (["text"], "data, row 1: the row is text; give an object"),
+        ([{"a": "b"}, {"a": "\ud83d"}], "data, row 2: .*half a surrogate pair"),
+        (None, "data: the rows are null; give a list"),
+        ({"prompt": ["a"]}, "data: the rows are an object; give a list"),
+        ("", "the name of the data is empty"),
+        (pd.DataFrame({"a": ["b", ["c"]]}), r"data: the DataFrame fits .*to_dict\('records'\)"),
+        (datasets.DatasetDict(dev=datasets.Dataset.from_list(ROWS)), "no split 'train'; .* dev"),
     ],
 )
-def test_broken_lists(rows: list[Any], message: str) -> None:
+def test_broken_lists(rows: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(rows)
 
@@ -189,12 +220,20 @@ def test_slices_of_names(tmp_path: Path) -> None:
     assert load_rows(str(literal)).to_list() == ROWS
 
 
+@pytest.mark.parametrize("part", ["[::2]", "[3]", "[-:2]", "[]"])
+def test_other_slices_are_refused(tmp_path: Path, part: str) -> None:
+    for name in (numbered(tmp_path), "somebody/things"):
+        with pytest.raises(DataError, match=r"no slice that is understood; write \[start:stop\]"):
+            load_rows(name + part)
+
+
 def test_slices_divide_a_file(tmp_path: Path) -> None:
     path = numbered(tmp_path)
     everything = load_rows(path).to_list()
     assert load_rows(path + "[:4]").to_list() == everything[:4]
     assert load_rows(path + "[4:]").to_list() == everything[4:]
     assert load_rows(path + "[-3:-1]").to_list() == everything[-3:-1]
+    assert load_rows(path + "[ :3 ]").to_list() == everything[:3]
     with pytest.raises(DataError, match=r"pairs.jsonl\[10:\]: the slice holds none of the 10 rows"):
         load_rows(path + "[10:]")
 
