@@ -183,14 +183,20 @@ def check_linear(
     if bias is not None:
         checks.shape("bias", bias, (vocabulary,), "one for each row of weight")
     checks.same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; expected at least 1, or None")
+    if chunk_size is not None and (isinstance(chunk_size, float) or chunk_size < 1):
+        raise ValueError(f"chunk_size is {chunk_size!r}; expected a whole number from 1, or None")
     return _product_dtype(hidden, weight, bias)
 
 
 def group_name(group: ProcessGroup | None) -> str | None:
     """What stands for a group in an operator's schema."""
-    return None if group is None else group.group_name
+    if group is None:
+        return None
+    if not hasattr(group, "group_name"):
+        raise TypeError(
+            f"group is {group!r}; expected a process group, as torch.distributed.new_group gives"
+        )
+    return group.group_name
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -310,3 +310,10 @@ def test_the_wheel_holds_the_benchmark() -> None:
     found = find_packages(str(ROOT), include=["rlhf_kernels", "rlhf_kernels.*"])
     package = "rlhf_kernels.bench"
     assert {package, f"{package}.operations", f"{package}.peers"} <= set(found)
+
+
+@pytest.mark.parametrize("option", ["--vocabularies", "--rows", "--hidden"])
+def test_sizes_below_one_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([option, "0"])
+    assert "0 is no number of 1 or more" in capsys.readouterr().err

@@ -26,7 +26,10 @@ _TURNS, _SECONDS_A_CASE = 15, 2.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options, run the cases, write what was found after each."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
     torch.manual_seed(0)
     grid = _grid(options)
     about = machine.machine()
@@ -66,6 +69,13 @@ def _grid(options: argparse.Namespace) -> Grid:
     )
 
 
+def _positive(text: str) -> int:
+    number = int(text)  # argparse turns its ValueError into a message
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_kernels.bench",
@@ -75,9 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     names = operations.OPERATIONS
     add("--operations", nargs="+", choices=names, default=names, metavar="NAME")
     add("--device", choices=GRIDS, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--vocabularies", nargs="+", type=int, metavar="V", help="default: those of five models")
-    add("--rows", type=int, metavar="N", help="tokens; default: 256 on a CPU, 8192 on a GPU")
-    add("--hidden", type=int, metavar="H", help="default: 576 on a CPU, 4096 on a GPU")
+    add(
+        "--vocabularies",
+        nargs="+",
+        type=_positive,
+        metavar="V",
+        help="default: those of five models",
+    )
+    add("--rows", type=_positive, metavar="N", help="tokens; default: 256 on a CPU, 8192 on a GPU")
+    add("--hidden", type=_positive, metavar="H", help="default: 576 on a CPU, 4096 on a GPU")
     add("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE")
     add("--quick", action="store_true", help="one small vocabulary, three turns")
     add("--output", type=Path, default=Path("runs/bench"), help="folder; default: runs/bench")

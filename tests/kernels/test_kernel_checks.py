@@ -118,10 +118,12 @@ VALUE_ERRORS = {
     "hidden has shape (3, 4); expected 3 dimensions": lambda: linear_ppo(HIDDEN[0]),
     "mask has shape (2, 2)": lambda: linear_ppo(mask=MASK[:, :2]),
     "old_logprobs has shape (2, 2)": lambda: linear_ppo(old=X[:, :2]),
+    "chunk_size is 1.5; expected a whole number": lambda: linear(chunk_size=1.5),
     "kl_coef is nan; expected a finite number": lambda: shaped(kl_coef=math.nan),
 }
 
 TYPE_ERRORS = {
+    "group is 'world'; expected a process group": lambda: linear(group="world"),
     "logits has dtype torch.int64": lambda: logprobs(LOGITS.long()),
     "targets has dtype torch.float32; expected integers": lambda: logprobs(targets=X),
     "targets has dtype torch.bool": lambda: linear(targets=MASK),
