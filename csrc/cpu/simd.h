@@ -66,6 +66,14 @@ RK_FORMULA float largest_lane(Floats x) {
   return result;
 }
 
+RK_FORMULA bool any_above(Floats x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GT_OQ) != 0;
+#else
+  return largest_lane(x) > bound;
+#endif
+}
+
 RK_FORMULA double sum_of_lanes(Doubles x) {
   double result = x[0];
   for (int i = 1; i < kLanes; ++i) result += x[i];
@@ -100,11 +108,15 @@ struct BFloat16 {
   typedef uint16_t Element;
   typedef Halves Raw;
   static RK_FORMULA Floats widen(Raw x) { return bits_as<Floats>(widen_integers(x) << 16); }
-  static RK_FORMULA Raw narrow(Floats x) {
+  // The upper 16 bits are the result. A NaN whose lower bits are 0 stays one; others could carry into
+  // the sign.
+  static RK_FORMULA UInts rounded(Floats x) {
     const UInts bits = bits_as<UInts>(x);
-    const UInts rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const UInts quiet_nan = (bits >> 16) | 0x40u;
-    return narrow_integers(x == x ? rounded : quiet_nan);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  static RK_FORMULA Raw narrow(Floats x) {
+    const UInts quiet_nan = bits_as<UInts>(x) | 0x00400000u;
+    return narrow_integers((x == x ? rounded(x) : quiet_nan) >> 16);
   }
 };
 
@@ -160,7 +172,7 @@ struct Pair {
   Floats first, second;
 };
 
-// Two vectors of neighbours, for sums that take them in any order.
+// Two vectors of neighbours, in an order that suits the type; store_pair undoes it.
 template <class Type>
 RK_FORMULA Pair load_pair(const typename Type::Element* from) {
   return {load<Type>(from), load<Type>(from + kLanes)};
@@ -177,6 +189,19 @@ RK_FORMULA Pair load_pair<BFloat16>(const BFloat16::Element* from) {
 template <class Type>
 RK_FORMULA void store(typename Type::Element* to, Floats x) {
   const typename Type::Raw raw = Type::narrow(x);
+  memcpy(to, &raw, sizeof(raw));
+}
+
+// A NaN must be one of arithmetic on elements and numbers of this type: its other bits are 0.
+template <class Type>
+RK_FORMULA void store_pair(typename Type::Element* to, const Pair& x) {
+  store<Type>(to, x.first);
+  store<Type>(to + kLanes, x.second);
+}
+
+template <>
+RK_FORMULA void store_pair<BFloat16>(BFloat16::Element* to, const Pair& x) {
+  const UInts raw = (BFloat16::rounded(x.first) >> 16) | (BFloat16::rounded(x.second) & 0xffff0000u);
   memcpy(to, &raw, sizeof(raw));
 }
 

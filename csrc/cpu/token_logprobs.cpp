@@ -13,10 +13,13 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-// A block is read twice, the second time from the first-level cache: once for its maximum, so that
-// the exponentials need no rescaling in between. Float sums stay short; blocks add up in double.
+// Terms are taken relative to the highest logit of the blocks before, so that one pass finds a
+// block's sums and its maximum. Float sums stay short; blocks add up in double.
 constexpr int kUnroll = 4;
 constexpr int64_t kBlock = 2048;
+
+// How far, in powers of two, a block may pass that reference and its sums keep all their digits.
+constexpr float kHeadroom = 8.0f;
 
 struct RowSums {
   float max;
@@ -44,41 +47,50 @@ float block_max(const typename Type::Element* x, int64_t n) {
   return largest_lane(highest[0]);
 }
 
-RK_FORMULA void prefetch(const void* begin, size_t bytes) {
-  constexpr size_t kLine = 64;
-  for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(begin) + i);
+// The next page is on its way while this one's arithmetic runs: the processor itself does not look
+// across the end of a page. A prefetch past the end is harmless.
+template <class Element>
+RK_FORMULA void prefetch_ahead(const Element* x) {
+  const char* ahead = reinterpret_cast<const char*>(x) + 4096;
+  for (size_t i = 0; i < 2 * kLanes * sizeof(Element); i += 64) __builtin_prefetch(ahead + i);
 }
 
-// Sums of 2^t and 2^t·t, t = (x - max)·scale.
+struct BlockSums {
+  SoftmaxSums<Floats> terms;
+  Floats max;
+};
+
+// Sums of 2^t and 2^t·t, t = (x - reference)·scale.
 template <bool kEntropy>
-RK_FORMULA void add_terms(SoftmaxSums<Floats>& sums, Floats x, float max, float scale) {
-  const Floats t = bounded_exponent((x - max) * scale);
+RK_FORMULA void add_term(BlockSums& sums, Floats x, float reference, float scale) {
+  const Floats t = bounded_exponent((x - reference) * scale);
   const Floats e = exp2_bounded(t);
-  sums.sum += e;
-  if (kEntropy) sums.weighted += e * t;
+  sums.max = larger(x, sums.max);
+  sums.terms.sum += e;
+  if (kEntropy) sums.terms.weighted += e * t;
 }
 
 template <class Type, bool kEntropy>
-SoftmaxSums<Floats> block_sums(const typename Type::Element* x, int64_t n, float max,
-                               float scale) {
-  SoftmaxSums<Floats> sums[kUnroll] = {};
+BlockSums block_sums(const typename Type::Element* x, int64_t n, float reference, float scale) {
+  BlockSums sums[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) sums[u] = {{Floats{}, Floats{}}, splat(-INFINITY)};
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
     for (int u = 0; u < kUnroll; u += 2) {
-      // The next block, while this one's arithmetic runs. A prefetch past the end is harmless.
-      prefetch(x + i + u * kLanes + kBlock, 2 * kLanes * sizeof(*x));
+      prefetch_ahead(x + i + u * kLanes);
       const Pair v = load_pair<Type>(x + i + u * kLanes);
-      add_terms<kEntropy>(sums[u], v.first, max, scale);
-      add_terms<kEntropy>(sums[u + 1], v.second, max, scale);
+      add_term<kEntropy>(sums[u], v.first, reference, scale);
+      add_term<kEntropy>(sums[u + 1], v.second, reference, scale);
     }
   }
   for (; i < n; i += kLanes) {
     const int64_t count = n - i < kLanes ? n - i : kLanes;
-    add_terms<kEntropy>(sums[0], load_first<Type>(x + i, count, -INFINITY), max, scale);
+    add_term<kEntropy>(sums[0], load_first<Type>(x + i, count, -INFINITY), reference, scale);
   }
   for (int u = 1; u < kUnroll; ++u) {
-    sums[0].sum += sums[u].sum;
-    sums[0].weighted += sums[u].weighted;
+    sums[0].max = larger(sums[u].max, sums[0].max);
+    sums[0].terms.sum += sums[u].terms.sum;
+    sums[0].terms.weighted += sums[u].terms.weighted;
   }
   return sums[0];
 }
@@ -88,18 +100,26 @@ RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) 
   const float scale = inverse_tau * kLog2E;
   float max = -INFINITY;
   SoftmaxSums<Doubles> total = {};
+  const auto refer_to = [&](float highest) {
+    if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
+    max = highest;
+  };
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
-    const float highest = block_max<Type>(x + start, count);
-    if (highest > max) {
-      if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
-      max = highest;
-    }
+    if (max == -INFINITY) max = block_max<Type>(x + start, count);
     // While every logit is -inf, 0 stands for the maximum: the terms are 0, and NaN stays NaN.
     const float reference = max == -INFINITY ? 0.0f : max;
-    const auto part = block_sums<Type, kEntropy>(x + start, count, reference, scale);
-    total.sum += __builtin_convertvector(part.sum, Doubles);
-    if (kEntropy) total.weighted += __builtin_convertvector(part.weighted, Doubles) * double(kLn2);
+    BlockSums part = block_sums<Type, kEntropy>(x + start, count, reference, scale);
+    const float highest = any_above(part.max, max) ? largest_lane(part.max) : max;
+    if ((highest - reference) * scale > kHeadroom) {
+      refer_to(highest);
+      part = block_sums<Type, kEntropy>(x + start, count, highest, scale);
+    }
+    total.sum += __builtin_convertvector(part.terms.sum, Doubles);
+    if (kEntropy) {
+      total.weighted += __builtin_convertvector(part.terms.weighted, Doubles) * double(kLn2);
+    }
+    if (highest > max) refer_to(highest);
   }
   return {max, sum_of_lanes(total.sum), sum_of_lanes(total.weighted)};
 }
@@ -154,14 +174,24 @@ template <class Type, bool kEntropy>
 void gradient_row(const typename Type::Element* x, typename Type::Element* out, int64_t n,
                   const RowGradient& row) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store<Type>(out + i, gradient<kEntropy>(load<Type>(x + i), row));
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    Pair grad[kUnroll / 2];  // all loaded before the first is stored: their arithmetic overlaps
+    for (int u = 0; u < kUnroll / 2; ++u) {
+      prefetch_ahead(x + i + 2 * u * kLanes);
+      const Pair v = load_pair<Type>(x + i + 2 * u * kLanes);
+      grad[u] = {gradient<kEntropy>(v.first, row), gradient<kEntropy>(v.second, row)};
+    }
+    for (int u = 0; u < kUnroll / 2; ++u) store_pair<Type>(out + i + 2 * u * kLanes, grad[u]);
   }
-  if (i < n) {
-    const Floats grad = gradient<kEntropy>(load_first<Type>(x + i, n - i, 0.0f), row);
-    store_first<Type>(out + i, n - i, grad);
+  for (; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    const Floats grad = gradient<kEntropy>(load_first<Type>(x + i, count, 0.0f), row);
+    store_first<Type>(out + i, count, grad);
   }
 }
+
+// Any NaN as the one that `store_pair` takes.
+float plain_nan(float x) { return x == x ? x : NAN; }
 
 template <class Type>
 void backward_row(const TokenLogprobsBackward& args, int64_t row) {
@@ -170,16 +200,16 @@ void backward_row(const TokenLogprobsBackward& args, int64_t row) {
   const auto* x = static_cast<const typename Type::Element*>(args.logits.data) +
                   row * args.logits.row_stride;
   auto* out = static_cast<typename Type::Element*>(args.grad) + row * args.grad_row_stride;
-  const float g = args.grad_logprobs[row];
-  const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
+  const float g = plain_nan(args.grad_logprobs[row]);
+  const float h = args.grad_entropy ? plain_nan(args.grad_entropy[row]) : 0.0f;
   if (target == args.ignore_index) {
     memset(out, 0, size_t(n) * sizeof(*out));
     return;
   }
   const float inverse_tau = 1.0f / temperature_of(args.temperature, row);
-  const float entropy = args.entropy ? args.entropy[row] : 0.0f;
+  const float entropy = args.entropy ? plain_nan(args.entropy[row]) : 0.0f;
   const float max = args.normalization[2 * row];
-  const float log_sum = args.normalization[2 * row + 1];
+  const float log_sum = plain_nan(args.normalization[2 * row + 1]);
   const RowGradient gradient = {max, inverse_tau * kLog2E, log_sum * kLog2E,
                                 gradient_terms(g, h, entropy, inverse_tau)};
   // Read before the row is overwritten, which it is where the gradient takes the logits' place.
@@ -211,12 +241,16 @@ void forward(const TokenLogprobsForward& args) {
 template <class Type>
 void backward(const TokenLogprobsBackward& args) {
   const int threads = threads_for(args.logits, args.threads);
-  if (args.grad_is_fresh) {
-    const int64_t elements = args.logits.rows * args.grad_row_stride;
-    provide_pages(args.grad, size_t(elements) * sizeof(typename Type::Element), threads);
+  const int64_t rows = args.logits.rows;
+  const int64_t row_bytes = args.grad_row_stride * int64_t(sizeof(typename Type::Element));
+  const FreshPages pages(args.grad, args.grad_is_fresh ? rows * row_bytes : 0);
+  const int64_t together = args.grad_is_fresh ? 1 + kPage / row_bytes : 4;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t first = 0; first < rows; first += together) {
+    const int64_t end = first + together < rows ? first + together : rows;
+    pages.provide(first * row_bytes, end * row_bytes);
+    for (int64_t row = first; row < end; ++row) backward_row<Type>(args, row);
   }
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-  for (int64_t row = 0; row < args.logits.rows; ++row) backward_row<Type>(args, row);
 }
 
 }  // namespace

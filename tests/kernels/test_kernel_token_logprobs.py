@@ -185,6 +185,34 @@ def test_nan_logits_are_not_hidden(backend):
     assert logprobs[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [-math.inf, -40.0, 0.0])
+@pytest.mark.parametrize("step", [0.5, 4.0, 40.0, 8000.0])
+def test_the_maximum_grows_along_the_row(backend, first, step, dtype):
+    """From one block of a kernel to the next, by little or by more than e^x can hold."""
+    logits = normal(2, 5003, seed=5)
+    logits[:, :2100] += first
+    for column in (2200, 4100, 4999):
+        logits[:, column:] += step
+    logits[1, -1] = logits[1, 300] = math.nan if first == 0 else -math.inf
+    targets = torch.tensor([2300, 5001])
+    check(logits[:1].to(dtype), targets[:1], 1.0, backend)
+    logprobs = token_logprobs(logits.to(dtype), targets, backend=backend)
+    assert logprobs[1].isnan() == (first == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_upstream_stays_nan(backend, dtype):
+    """Also one whose lower bits are set, which rounding to 16 bits would carry into the sign."""
+    logits, targets = case(4, 70, dtype)
+    nan = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32)
+    for output in (0, 1):
+        leaf = logits.detach().requires_grad_()
+        pair = token_logprobs(leaf, targets.abs() % 70, return_entropy=True, backend=backend)
+        (grad,) = torch.autograd.grad(pair[output], leaf, nan.view(torch.float32))
+        assert grad.isnan().all()
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
 def test_ignored_rows_give_zero_whatever_they_hold(backend, ignore_index):
     logits, _ = case(6, 17, torch.float32)
