@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Enough rows for the matrix products to run at full speed, small beside model and activations.
 CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
+# Of a part of the weight's gradient in 16 bits, before it is added up in float32.
+CPU_PRODUCT_BYTES = 8 * 2**20
+GPU_PRODUCT_BYTES = 64 * 2**20
 
 
 def default_chunk_size(vocabulary: int, dtype: torch.dtype, device: str) -> int:
@@ -196,8 +199,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, where total is float32 or wider whatever the factors are."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right)
+        return
+    # In parts, as the narrow product of a whole weight would take half as much memory as `total`.
+    budget = CPU_PRODUCT_BYTES if total.device.type == "cpu" else GPU_PRODUCT_BYTES
+    rows = max(256, budget // (total.shape[1] * left.dtype.itemsize))
+    for part, factor in zip(total.split(rows), left.split(rows)):
+        part += torch.mm(factor, right)
 
 
 def fake_gradients(

@@ -32,6 +32,7 @@ from rlhf_kernels import (
     ppo_loss,
     token_logprobs,
 )
+from rlhf_kernels.ops import chunks
 
 pytestmark = pytest.mark.parametrize("backend", backends_for(*ROW_PRIMITIVES))
 
@@ -233,6 +234,22 @@ def test_16_bit(backend, dtype):
         assert x.dtype == dtype
         # That error in p, times sums of up to 38 factors; then rounding of each chunk's result.
         close(x, y, 8 * eps * float(logits.abs().max()), rtol=2 * eps)
+
+
+def test_a_16_bit_weight_gradient_in_parts(backend, monkeypatch):
+    """The same whether its product with a chunk is taken whole or, for memory's sake, in parts."""
+    hidden, weight, targets = case(9, vocabulary=600)
+    grads = []
+    for budget in (2**30, 1):  # whole; 256 rows, 256 and 88
+        monkeypatch.setattr(chunks, "CPU_PRODUCT_BYTES", budget)
+        monkeypatch.setattr(chunks, "GPU_PRODUCT_BYTES", budget)
+        leaf = weight.bfloat16().requires_grad_()
+        linear_cross_entropy(hidden.bfloat16(), leaf, targets, backend=backend).backward()
+        grads.append(leaf.grad)
+    # Products of other shapes may add up in another order, in float32, before they are rounded.
+    eps = torch.finfo(torch.bfloat16).eps
+    close(grads[1], grads[0], EPS * float(hidden.abs().max()), rtol=eps)
+    assert (grads[0][[0, 300, 599]] != 0).all()
 
 
 def test_weight_gradient_sums_chunks_in_float32(backend):
