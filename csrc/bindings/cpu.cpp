@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace rk;
@@ -185,6 +186,9 @@ void ppo_loss(Input logprobs, Input old_logprobs, Input advantages, Input mask, 
 PYBIND11_MODULE(_cpu, module) {
   typedef py::call_guard<py::gil_scoped_release> release_gil;
   module.doc() = "C++ kernels of rlhf_kernels for the CPU; called through backends/cpu.py.";
+  module.def("ask_for_huge_pages", [](uintptr_t memory, int64_t bytes) {
+    baseline::ask_for_huge_pages(reinterpret_cast<void*>(memory), bytes);
+  });
   module.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels& kernels : runnable()) names.push_back(kernels.name);

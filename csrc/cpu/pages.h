@@ -19,19 +19,26 @@ constexpr int64_t kPage = int64_t(2) << 20;  // a huge page on most machines
 #define RK_ASKS_FOR_PAGES
 #endif
 
-// An output whose memory has not been touched yet. One fault for every 4 kB would come to cost more
-// than a large gradient's arithmetic: huge pages are asked for, and all of one at a time where there
-// are none. The system clears them, so a page is best provided just before it is written, while it
-// is in the cache. Systems that lack a request ignore it.
+// One fault for every 4 kB of large new memory can cost more than the arithmetic on it. Systems that
+// lack a request ignore it.
+RK_FORMULA void ask_for_huge_pages(void* begin, int64_t bytes) {
+#ifdef RK_ASKS_FOR_PAGES
+  const int64_t first = (reinterpret_cast<int64_t>(begin) + kPage - 1) / kPage * kPage;
+  const int64_t end = (reinterpret_cast<int64_t>(begin) + bytes) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
+// An output whose memory has not been touched yet. The system clears its pages, so one is best
+// provided just before it is written, while it is in the cache; where pages are small, those of two
+// megabytes at a time.
 class FreshPages {
  public:
   FreshPages(void* begin, int64_t bytes)
-      : begin_(reinterpret_cast<int64_t>(begin)),
-        first_((begin_ + kPage - 1) / kPage * kPage),
-        end_((begin_ + bytes) / kPage * kPage) {
-#ifdef RK_ASKS_FOR_PAGES
-    if (first_ < end_) madvise(reinterpret_cast<void*>(first_), end_ - first_, MADV_HUGEPAGE);
-#endif
+      : begin_(reinterpret_cast<int64_t>(begin)), end_((begin_ + bytes) / kPage * kPage) {
+    ask_for_huge_pages(begin, bytes);
   }
 
   // Provides the pages that begin at these bytes of the output. Threads that take neighbouring bytes
@@ -48,7 +55,7 @@ class FreshPages {
   }
 
  private:
-  int64_t begin_, first_, end_;
+  int64_t begin_, end_;
 };
 
 }  // namespace RK_ISA

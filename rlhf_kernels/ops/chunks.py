@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backends, checks
+from rlhf_kernels.backends.cpu import in_huge_pages
 
 if TYPE_CHECKING:
     from rlhf_kernels.ops.shards import Shard
@@ -88,7 +89,7 @@ class Rows:
             largest, head.dtype, hidden.device.type
         )
         rows = min(self._chunk_size, self.count)
-        self._logits = hidden.new_empty(rows, columns, dtype=head.dtype)
+        self._logits = in_huge_pages(hidden.new_empty(rows, columns, dtype=head.dtype))
         self._kernels = backends.choose("token_logprobs_forward", self.weight, head.backend)
         self._gradients = backends.choose("token_logprobs_backward", self.weight, head.backend)
 
@@ -162,7 +163,8 @@ class Gradients:
         # Ranks of a split vocabulary add up their parts: those are not rounded before.
         dtype = hidden.dtype if rows.head.group is None else wide
         self.hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=dtype)
-        self.weight = weight.new_zeros(weight.shape if needed[1] else 0, dtype=wide)
+        shape = weight.shape if needed[1] else 0
+        self.weight = in_huge_pages(weight.new_empty(shape, dtype=wide)).zero_()
         self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=wide)
 
     def add(self, chunk: Chunk, grad_logits: Tensor) -> None:
@@ -182,9 +184,15 @@ class Gradients:
         bias_dtype = head.weight.dtype if head.bias is None else head.bias.dtype
         return (
             self.hidden.to(self._dtype),
-            self.weight.to(head.weight.dtype),
+            self._of_weight(),
             self.bias.to(bias_dtype),
         )
+
+    def _of_weight(self) -> Tensor:
+        dtype = self._rows.head.weight.dtype
+        if dtype == self.weight.dtype:
+            return self.weight
+        return in_huge_pages(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight)
 
 
 def _shard(head: Head) -> Shard | None:

@@ -74,11 +74,18 @@ def _giving_away(
             formed = forward(*inputs)[1 + statistics :]
         for i, gradient in enumerate(formed):
             if ctx.needs_input_grad[i]:
-                torch.mul(gradient, _in_full(grad_loss, gradient), out=gradient)
-                gradients[i] = gradient
+                gradients[i] = _scale_in_place(gradient, grad_loss)
         return tuple(gradients)
 
     return autograd_function(name, forward, setup_context, backward)
+
+
+def _scale_in_place(gradient: Tensor, scale: Tensor) -> Tensor:
+    if gradient.device.type == "cpu":
+        # As a number, which is not rounded either: a tensor of another type than the gradient's
+        # would have PyTorch copy the whole gradient twice.
+        return gradient.mul_(scale.item())
+    return torch.mul(gradient, _in_full(scale, gradient), out=gradient)
 
 
 def _in_full(scale: Tensor, gradient: Tensor) -> Tensor:
