@@ -63,6 +63,58 @@ def gathered(name: str, tensor: Tensor | None) -> None:
         )
 
 
+def sequences(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """cu_seqlens as int64, and the number of sequences in a tensor [B, T], or [N] with it."""
+    if cu_seqlens is None:
+        dimensions(name, tensor, 2, "[B, T] (or [N] with cu_seqlens)")
+        return None, tensor.shape[0]
+    dimensions(name, tensor, 1, "[N], as cu_seqlens is given")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [B + 1]: where each "
+            "sequence begins, and the end"
+        )
+    same_device(name, tensor, cu_seqlens=cu_seqlens)
+    # A GPU does not look, and a tracer cannot.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        _in_order(name, tensor, cu_seqlens)
+    return cu_seqlens.to(torch.int64).contiguous(), cu_seqlens.numel() - 1
+
+
+def _in_order(name: str, tensor: Tensor, cu_seqlens: Tensor) -> None:
+    ends = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if ends != (0, tensor.shape[0]):
+        raise ValueError(
+            f"cu_seqlens goes from {ends[0]} to {ends[1]}; expected 0 to {tensor.shape[0]}, "
+            f"the length of {name}"
+        )
+    back = cu_seqlens.diff() < 0
+    if back.any():
+        place = int(back.nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens holds {int(cu_seqlens[place + 1])} after {int(cu_seqlens[place])} at "
+            f"index {place + 1}; expected sequences one behind the other"
+        )
+
+
+def rate(name: str, value: float | Tensor, like_tensor: Tensor, sequences: int) -> None:
+    """A number in [0, 1], or a tensor [B] of them."""
+    if not isinstance(value, Tensor):
+        return unit_interval(name, value)
+    floating(**{name: value})
+    shape(name, value, (sequences,), "one a sequence")
+    same_device("rewards", like_tensor, **{name: value})
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = ~((value >= 0) & (value <= 1))
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"{name} holds {float(value[row])} at row {row}; expected numbers in [0, 1]"
+            )
+
+
 def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != reference.device:
@@ -128,6 +180,13 @@ def positive(name: str, number: float) -> float:
     return float(number)
 
 
+def temperature_number(number: float) -> float:
+    """A temperature whose inverse is a normal float32 number too."""
+    if not 1e-37 < number < 1e37:
+        raise ValueError(f"temperature is {number!r}; expected a number between 1e-37 and 1e37")
+    return float(number)
+
+
 def finite(name: str, number: float) -> float:
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name} is {number!r}; expected a finite number")
@@ -144,7 +203,7 @@ def split_temperature(
 ) -> tuple[float, Tensor | None]:
     """A number, and per-row temperatures [N] in `dtype` where they were given as a tensor."""
     if not isinstance(temperature, Tensor):
-        return positive("temperature", temperature), None
+        return temperature_number(temperature), None
     if temperature.dim() == 0:
         temperature = temperature.expand(targets.shape)
     like("targets", targets, temperature=temperature)

@@ -90,7 +90,7 @@ def linear_token_logprobs(
         ValueError, TypeError: shapes, dtypes, devices or targets that do not fit.
         BackendUnavailableError, UnsupportedOperationError: a backend named that cannot do it.
     """
-    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size, group)
     targets = checks.as_targets(targets)
     number, per_row = checks.split_temperature(temperature, targets, wide_dtype(dtype))
     logprobs, entropy, _ = _linear_token_logprobs(
@@ -128,7 +128,8 @@ def linear_cross_entropy(
     """Cross-entropy of the targets under the logits hidden · weightᵀ + bias.
 
     The gradient is formed with the loss, chunk by chunk, and the backward only scales it: three
-    matrix products in all. A second backward, through a graph that was retained, forms it again.
+    matrix products in all. A second backward, through a graph that was retained, forms it again. In
+    float16, where a loss scale has to come first, the backward forms it: four products.
 
     Args:
         hidden, weight, targets, bias, ignore_index, chunk_size, group, backend: as in
@@ -144,27 +145,54 @@ def linear_cross_entropy(
         As `linear_token_logprobs`; ValueError for an unknown reduction or a normalizer <= 0.
     """
     checks.one_of("reduction", reduction, ("mean", "sum"))
-    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
-    like = hidden.new_empty((), dtype=wide_dtype(dtype))
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size, group)
+    divisor = checks.as_normalizer(normalizer, hidden.new_empty((), dtype=wide_dtype(dtype)))
+    needed = needs_gradients(hidden, weight, bias)
+    if waits_for_loss_scale(dtype, needed):
+        logprobs = linear_token_logprobs(
+            *(hidden, weight, targets),
+            bias=bias,
+            ignore_index=ignore_index,
+            chunk_size=chunk_size,
+            group=group,
+            backend=backend,
+        )
+        if divisor is None and reduction == "mean":
+            divisor = (targets != ignore_index).sum().clamp(min=1)
+        return -logprobs.sum() if divisor is None else -logprobs.sum() / divisor
     loss, *_ = _linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         checks.as_targets(targets).reshape(-1).contiguous(),
         ignore_index,
-        checks.as_normalizer(normalizer, like),
+        divisor,
         reduction == "mean",
         dtype,
         chunk_size,
         group_name(group),
         backend,
-        needs_gradients(hidden, weight, bias),
+        needed,
     )
     return loss
 
 
+def waits_for_loss_scale(dtype: torch.dtype, needed: list[bool]) -> bool:
+    """Whether a gradient must not be formed before the backward brings the upstream one.
+
+    Divided by a number of tokens it falls below float16's normal numbers: that is what losses are
+    scaled for. The backward then computes each chunk's logits again, a fourth product.
+    """
+    return dtype == torch.float16 and any(needed)
+
+
 def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk_size: int | None,
+    group: ProcessGroup | None,
 ) -> torch.dtype:
     """Raise for what does not fit together, else return the dtype of the products."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -172,8 +200,11 @@ def check_linear(
     checks.floating(hidden=hidden, weight=weight, bias=bias)
     checks.dimensions("weight", weight, 2, "[V, H]")
     vocabulary, width = weight.shape
-    if vocabulary == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1")
+    # Of a group's ranks one alone must not stop: all of them do, once they know the others' parts.
+    if width == 0 or (vocabulary == 0 and group is None):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected [V, H] with V >= 1 and H >= 1"
+        )
     if hidden.dim() == 0 or hidden.shape[-1] != width:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; expected [..., {width}], "
@@ -183,7 +214,8 @@ def check_linear(
     if bias is not None:
         checks.shape("bias", bias, (vocabulary,), "one for each row of weight")
     checks.same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
-    if chunk_size is not None and (isinstance(chunk_size, float) or chunk_size < 1):
+    whole = isinstance(chunk_size, (int, torch.SymInt)) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (whole and chunk_size >= 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; expected a whole number from 1, or None")
     return _product_dtype(hidden, weight, bias)
 

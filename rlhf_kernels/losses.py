@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.linear import check_linear, group_name
+from rlhf_kernels.linear import (
+    check_linear,
+    group_name,
+    linear_token_logprobs,
+    waits_for_loss_scale,
+)
 from rlhf_kernels.ops.chunks import wide_dtype
 from rlhf_kernels.ops.formed_gradients import needs_gradients
 from rlhf_kernels.ops.linear_losses import linear_ppo_loss as _linear_ppo_loss
+from rlhf_kernels.ops.linear_losses import loss_kernels
 from rlhf_kernels.ops.ppo_loss import ppo_loss as _ppo_loss
 from rlhf_kernels.ppo_types import PPOLossConfig, PPOLossStats
 
@@ -146,7 +152,7 @@ def linear_ppo_loss(
         As `linear_token_logprobs` and `ppo_loss`.
     """
     checks.dimensions("hidden", hidden, 3, "[B, T, H]")
-    dtype = check_linear(hidden, weight, bias, targets, chunk_size)
+    dtype = check_linear(hidden, weight, bias, targets, chunk_size, group)
     tensors = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -159,6 +165,28 @@ def linear_ppo_loss(
     _check_values(values, old_values, returns, config)
     mask, wide = checks.as_mask(mask), wide_dtype(dtype)
     targets = torch.where(mask, checks.as_targets(targets), _IGNORED)
+    needed = needs_gradients(hidden, weight, bias)
+    if waits_for_loss_scale(dtype, needed):
+        logprobs, entropy = linear_token_logprobs(
+            *(hidden, weight, targets),
+            bias=bias,
+            temperature=temperature,
+            return_entropy=True,
+            ignore_index=_IGNORED,
+            chunk_size=chunk_size,
+            group=group,
+            backend=backend,
+        )
+        return ppo_loss(
+            *(logprobs, old_logprobs, advantages, mask),
+            values=values,
+            old_values=old_values,
+            returns=returns,
+            entropy=entropy,
+            config=config,
+            normalizer=normalizer,
+            backend=loss_kernels(logprobs, backend).NAME,
+        )
     number, per_row = checks.split_temperature(temperature, targets, wide)
     old_logprobs = old_logprobs.detach().to(wide)
     loss, stats, *_ = _linear_ppo_loss(
@@ -187,7 +215,7 @@ def linear_ppo_loss(
         chunk_size,
         group_name(group),
         backend,
-        needs_gradients(hidden, weight, bias),
+        needed,
     )
     return loss, PPOLossStats(*stats.detach().unbind())
 

@@ -314,6 +314,16 @@ def test_the_wheel_holds_the_benchmark() -> None:
 
 @pytest.mark.parametrize("option", ["--vocabularies", "--rows", "--hidden"])
 def test_sizes_below_one_are_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([option, "0"])
-    assert "0 is no number of 1 or more" in capsys.readouterr().err
+    for size in ("0", "1e3", "32k"):
+        with pytest.raises(SystemExit):
+            cli.main([option, size])
+        assert f"'{size}' is no whole number from 1" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_folder_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            cli.main(["--output", str(output), "--quick"])
+        assert f"--output {output}: " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

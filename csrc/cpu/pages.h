@@ -15,14 +15,10 @@ namespace RK_ISA {
 
 constexpr int64_t kPage = int64_t(2) << 20;  // a huge page on most machines
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_POPULATE_WRITE)
-#define RK_ASKS_FOR_PAGES
-#endif
-
 // One fault for every 4 kB of large new memory can cost more than the arithmetic on it. Systems that
 // lack a request ignore it.
 RK_FORMULA void ask_for_huge_pages(void* begin, int64_t bytes) {
-#ifdef RK_ASKS_FOR_PAGES
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t first = (reinterpret_cast<int64_t>(begin) + kPage - 1) / kPage * kPage;
   const int64_t end = (reinterpret_cast<int64_t>(begin) + bytes) / kPage * kPage;
   if (first < end) madvise(reinterpret_cast<void*>(first), size_t(end - first), MADV_HUGEPAGE);
@@ -44,7 +40,7 @@ class FreshPages {
   // Provides the pages that begin at these bytes of the output. Threads that take neighbouring bytes
   // so never clear the same page twice.
   void provide(int64_t from, int64_t to) const {
-#ifdef RK_ASKS_FOR_PAGES
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
     int64_t page = (begin_ + from + kPage - 1) / kPage * kPage;
     for (; page < begin_ + to && page < end_; page += kPage) {
       madvise(reinterpret_cast<void*>(page), kPage, MADV_POPULATE_WRITE);

@@ -13,13 +13,14 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-// Terms are taken relative to the highest logit of the blocks before, so that one pass finds a
-// block's sums and its maximum. Float sums stay short; blocks add up in double.
+// Terms are taken relative to the highest logit so far, so that one pass finds a block's sums and
+// its maximum. A block that passes it is taken again, from the first-level cache: the highest logit's
+// own term must be exactly 1, since a confident log-probability is little but the others' sum. The
+// first look goes further, as most such blocks would come early. Float sums stay short; blocks add
+// up in double.
 constexpr int kUnroll = 4;
 constexpr int64_t kBlock = 2048;
-
-// How far, in powers of two, a block may pass that reference and its sums keep all their digits.
-constexpr float kHeadroom = 8.0f;
+constexpr int64_t kFirstLook = 4 * kBlock;
 
 struct RowSums {
   float max;
@@ -100,28 +101,28 @@ RowSums row_sums(const typename Type::Element* x, int64_t n, float inverse_tau) 
   const float scale = inverse_tau * kLog2E;
   float max = -INFINITY;
   SoftmaxSums<Doubles> total = {};
-  const auto refer_to = [&](float highest) {
-    if (max != -INFINITY) refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
-    max = highest;
-  };
   for (int64_t start = 0; start < n; start += kBlock) {
+    if (max == -INFINITY) {
+      max = block_max<Type>(x + start, n - start < kFirstLook ? n - start : kFirstLook);
+    }
     const int64_t count = n - start < kBlock ? n - start : kBlock;
-    if (max == -INFINITY) max = block_max<Type>(x + start, count);
     // While every logit is -inf, 0 stands for the maximum: the terms are 0, and NaN stays NaN.
     const float reference = max == -INFINITY ? 0.0f : max;
     BlockSums part = block_sums<Type, kEntropy>(x + start, count, reference, scale);
-    const float highest = any_above(part.max, max) ? largest_lane(part.max) : max;
-    if ((highest - reference) * scale > kHeadroom) {
-      refer_to(highest);
-      part = block_sums<Type, kEntropy>(x + start, count, highest, scale);
+    if (any_above(part.max, max)) {
+      const float highest = largest_lane(part.max);
+      refer_to_higher_max(total, (double(highest) - max) * inverse_tau);
+      max = highest;
+      part = block_sums<Type, kEntropy>(x + start, count, max, scale);
     }
     total.sum += __builtin_convertvector(part.terms.sum, Doubles);
     if (kEntropy) {
       total.weighted += __builtin_convertvector(part.terms.weighted, Doubles) * double(kLn2);
     }
-    if (highest > max) refer_to(highest);
   }
-  return {max, sum_of_lanes(total.sum), sum_of_lanes(total.weighted)};
+  const double sum = sum_of_lanes(total.sum);
+  // The maximum passed over NaN; whoever combines parts of a row must not.
+  return {sum == sum ? max : NAN, sum, sum_of_lanes(total.weighted)};
 }
 
 template <class Type>

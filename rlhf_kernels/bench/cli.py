@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output}: {error.strerror}")
     torch.manual_seed(0)
     grid = _grid(options)
     about = machine.machine()
@@ -70,10 +74,9 @@ def _grid(options: argparse.Namespace) -> Grid:
 
 
 def _positive(text: str) -> int:
-    number = int(text)  # argparse turns its ValueError into a message
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

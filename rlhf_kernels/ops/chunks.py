@@ -25,6 +25,9 @@ GPU_CHUNK_BYTES = 256 * 2**20
 # Of a part of the weight's gradient in 16 bits, before it is added up in float32.
 CPU_PRODUCT_BYTES = 8 * 2**20
 GPU_PRODUCT_BYTES = 64 * 2**20
+# The row kernels' ignore_index: rows to ignore are in no chunk, and the user's number may be a
+# column of a part of the vocabulary.
+_NONE_IGNORED = -(2**61)
 
 
 def default_chunk_size(vocabulary: int, dtype: torch.dtype, device: str) -> int:
@@ -78,8 +81,8 @@ class Rows:
         self._index = None if valid.numel() == targets.numel() else valid
         self.count = valid.numel()
         self.head = head
-        self._hidden, self._ignore_index = hidden, ignore_index
-        self._targets = targets if self._shard is None else self._shard.own(targets, ignore_index)
+        self._hidden = hidden
+        self._targets = targets if self._shard is None else self._shard.own(targets)
         self._temperature, self._temperatures = temperature, temperatures
         self.weight = head.weight.to(head.dtype)
         self._bias = None if head.bias is None else head.bias.to(head.dtype)
@@ -120,7 +123,7 @@ class Rows:
     def logprobs(self, chunk: Chunk, need_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probabilities, entropies and normalization, over the ranks' whole vocabulary."""
         logprobs, entropy, normalization = self._kernels.token_logprobs_forward(
-            chunk.logits, chunk.targets, chunk.temperature, self._ignore_index, need_entropy
+            chunk.logits, chunk.targets, chunk.temperature, _NONE_IGNORED, need_entropy
         )
         if self._shard is None:
             return logprobs, entropy, normalization
@@ -143,7 +146,7 @@ class Rows:
             chunk.logits,
             chunk.targets,
             chunk.temperature,
-            self._ignore_index,
+            _NONE_IGNORED,
             normalization,
             None if grad_entropy is None else entropy,
             out=chunk.logits,

@@ -131,7 +131,7 @@ def _ppo_loss(
     per_token = loss_config(*clips, "token-mean")
     with torch.no_grad(), no_autocast(hidden):
         rows = Rows(hidden, head, targets, temperature, temperatures, ignore_index)
-        chosen = _loss_kernels(old_logprobs, backend)
+        chosen = loss_kernels(old_logprobs, backend)
         weights = reference.aggregation_weights(mask, aggregation, normalizer, old_logprobs.dtype)
         one = torch.ones_like(weights[:1, :1]).reshape(())
 
@@ -206,7 +206,7 @@ def _ppo_loss_fake(
     return (loss, stats, *fake_gradients(hidden, weight, bias, needed), of_values)
 
 
-def _loss_kernels(tensor: Tensor, backend: str | None) -> Any:
+def loss_kernels(tensor: Tensor, backend: str | None) -> Any:
     """The named backend where it has the loss over tokens, else the default: it is the small part.
 
     The row kernels, which are chosen before, raise where the name itself is wrong.

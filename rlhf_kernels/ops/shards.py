@@ -20,16 +20,20 @@ class Shard:
     def __init__(self, group: str, weight: Tensor) -> None:
         self._group = _resolve_process_group(group)  # type: ignore[arg-type]
         sizes = _sizes(self._group, weight)
+        if 0 in sizes:  # which every rank knows, so that all of them stop
+            raise ValueError(
+                f"weight has no rows on rank {sizes.index(0)} of the group; expected [V, H] with "
+                "V >= 1 on every rank"
+            )
         self._first = sum(sizes[: self._group.rank()])
         self._end = self._first + weight.shape[0]
         self.vocabulary = sum(sizes)
         self.largest = max(sizes)
 
-    def own(self, targets: Tensor, ignore_index: int) -> Tensor:
+    def own(self, targets: Tensor) -> Tensor:
         """Targets as this rank's columns; those of other ranks as ELSEWHERE."""
         here = (targets >= self._first) & (targets < self._end)
-        mine = torch.where(here, targets - self._first, ELSEWHERE)
-        return torch.where(targets == ignore_index, ignore_index, mine)
+        return torch.where(here, targets - self._first, ELSEWHERE)
 
     def combine(
         self,
@@ -54,7 +58,9 @@ class Shard:
         of_target = torch.where(empty, -torch.inf, logprobs + log_sum + shift)
         terms = [part, torch.where(targets == ELSEWHERE, 0.0, of_target)]
         if entropy is not None:
-            terms.append(torch.where(empty, 0.0, part * (log_sum - entropy + shift)))
+            # A part of no weight has no mean either: 0·(-inf) counts as 0.
+            mean = torch.where(part == 0, 0.0, log_sum - entropy + shift)
+            terms.append(part * mean)
         sums = torch.stack(terms)
         dist.all_reduce(sums, group=self._group)
         log_total = sums[0].log()
@@ -69,6 +75,6 @@ class Shard:
 def _sizes(group: dist.ProcessGroup, weight: Tensor) -> list[int]:
     """The ranks' numbers of columns; the host reads them."""
     mine = torch.tensor([weight.shape[0]], device=weight.device)
-    sizes = mine.new_empty(group.size())
-    dist.all_gather_into_tensor(sizes, mine, group=group)
-    return sizes.tolist()
+    sizes = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(sizes, mine, group=group)
+    return torch.cat(sizes).tolist()

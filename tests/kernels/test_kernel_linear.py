@@ -236,6 +236,31 @@ def test_16_bit(backend, dtype):
         close(x, y, 8 * eps * float(logits.abs().max()), rtol=2 * eps)
 
 
+@pytest.mark.parametrize("operation", ["cross-entropy", "ppo"])
+def test_float16_gradients_keep_what_the_loss_scale_saves(backend, operation):
+    """Probabilities over the number of tokens are below float16's normal numbers; scaled, not."""
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("a thousand interpreted rows; the order of steps is above the backends")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 1024, 8).half(), (0.1 * torch.randn(2000, 8)).half()
+    targets = torch.arange(1024)[None] % 10
+    old, advantages = torch.full((1, 1024), -7.6), torch.ones(1, 1024)
+    mask = torch.ones(1, 1024, dtype=torch.bool)
+    found = []
+    for dtype, name in ((torch.float16, backend), (torch.float64, "reference")):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        if operation == "ppo":
+            loss, _ = linear_ppo_loss(*leaves, targets, old, advantages, mask, backend=name)
+        else:
+            loss = linear_cross_entropy(*leaves, targets, backend=name)
+        scale = 2.0**14
+        gradients = torch.autograd.grad(loss * scale, leaves)
+        found.append([on_cpu(x) / scale for x in (*gradients, gradients[1][10:])])
+    for actual, exact in zip(*found):
+        # Logits and each chunk's gradient in 16 bits: a few units of rounding.
+        assert (actual - exact).norm() <= 4 * torch.finfo(torch.float16).eps * exact.norm()
+
+
 def test_a_16_bit_weight_gradient_in_parts(backend, monkeypatch):
     """The same whether its product with a chunk is taken whole or, for memory's sake, in parts."""
     hidden, weight, targets = case(9, vocabulary=600)

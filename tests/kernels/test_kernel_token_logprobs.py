@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
+    EPS,
     INTERPRETED,
     ROW_PRIMITIVES,
     backends_for,
@@ -19,6 +20,7 @@ from kernel_cases import (
     gradient_tolerance,
     here,
     normal,
+    on_cpu,
     row_tolerance,
     within,
 )
@@ -199,6 +201,31 @@ def test_the_maximum_grows_along_the_row(backend, first, step, dtype):
     check(logits[:1].to(dtype), targets[:1], 1.0, backend)
     logprobs = token_logprobs(logits.to(dtype), targets, backend=backend)
     assert logprobs[1].isnan() == (first == 0)
+
+
+@pytest.mark.parametrize("place", [100, 3000, 12000])
+def test_a_confident_row_is_no_worse_than_pytorch(backend, place):
+    """The maximum's own term is exactly 1, wherever it stands; the rest is the others' sum."""
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("a hundred rows of many blocks; it refers to each block's maximum")
+    logits = torch.full((100, 12500), -100.0)
+    logits[:, 0] = 0.0
+    logits[:, place] = 3 + 0.02 * torch.arange(100)
+    targets = torch.full((100,), place)
+    result = token_logprobs(logits, targets, return_entropy=True, backend=backend)
+    z = on_cpu(logits).log_softmax(-1)
+    expected = z[:, place], -(z.exp() * z).sum(-1)
+    eager = on_cpu(logits.log_softmax(-1)[:, place])
+    # One unit of the result's own size.
+    unit = EPS * expected[0].abs().max()
+    assert (on_cpu(result[0]) - expected[0]).abs().max() <= unit + (eager - expected[0]).abs().max()
+    close(result[1], expected[1], 8 * EPS * float(expected[1].max()))
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, 1e-50, 1e39, math.inf, math.nan])
+def test_temperatures_that_float32_cannot_hold(backend, number):
+    with pytest.raises(ValueError, match="temperature is"):
+        token_logprobs(torch.zeros(1, 3), torch.tensor([0]), temperature=number, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -86,11 +86,47 @@ def part(x: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {**x, "weight": x["weight"][mine], "bias": x["bias"][mine]}
 
 
-def empty_part() -> dict[str, Tensor]:
-    """All columns of rank 1 are -inf: probability 0, for some targets too."""
+LOWEST = torch.finfo(torch.float32).min
+# What stands in all columns of rank 1, and the options of the call.
+AWKWARD: dict[str, tuple[float, dict[str, Any]]] = {
+    "impossible": (-torch.inf, {}),
+    "nearly impossible": (LOWEST, {"temperature": 0.7}),
+    "nan": (torch.nan, {}),
+    "ignored 0": (0.0, {"ignore_index": 0}),
+    "ignored 2": (0.0, {"ignore_index": 2}),
+    f"ignored {FIRST}": (0.0, {"ignore_index": FIRST}),
+}
+
+
+def awkward(name: str) -> dict[str, Tensor]:
     x = inputs()
-    x["bias"][FIRST:] = -torch.inf
+    x["bias"][FIRST:] += AWKWARD[name][0]
+    x["targets"] = x["targets"].clamp(min=0)
     return x
+
+
+def compute_awkward(
+    name: str, backend: str, x: dict[str, Tensor], group: Any = None
+) -> dict[str, Tensor]:
+    leaves = [x[leaf].clone().requires_grad_() for leaf in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    options = {"bias": bias, "return_entropy": True, "group": group, "backend": backend}
+    pair = linear_token_logprobs(hidden, weight, x["targets"], **options, **AWKWARD[name][1])
+    # What float32 may call -inf and float64 not has no part in the loss.
+    total = sum(torch.where(x < -1e30, 0.0, x).sum() for x in pair)
+    gradients = torch.autograd.grad(total, leaves)
+    found = {"results": torch.stack(pair).detach()}
+    return found | {f"by {n}": g for n, g in zip(("hidden", "weight", "bias"), gradients)}
+
+
+def without_rows(x: dict[str, Tensor], rank: int, group: Any) -> str:
+    """Rank 1 has no part of the vocabulary."""
+    weight = x["weight"] if rank == 0 else x["weight"][:0]
+    try:
+        linear_cross_entropy(x["hidden"], weight, x["targets"].clamp(max=0), group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def run_group(rank: int, port: int, folder: str) -> None:
@@ -104,18 +140,10 @@ def run_group(rank: int, port: int, folder: str) -> None:
         found[f"{backend} bfloat16"] = compute(
             backend, part(inputs(torch.bfloat16), rank), dist.group.WORLD
         )
-        x = part(empty_part(), rank)
-        found[f"{backend} empty"] = torch.stack(
-            linear_token_logprobs(
-                x["hidden"],
-                x["weight"],
-                x["targets"],
-                bias=x["bias"],
-                return_entropy=True,
-                group=dist.group.WORLD,
-                backend=backend,
-            )
-        )
+        for name in AWKWARD:
+            x = part(awkward(name), rank)
+            found[f"{backend} {name}"] = compute_awkward(name, backend, x, dist.group.WORLD)
+    found["without rows"] = without_rows(inputs(), rank, dist.group.WORLD)
     found["float64"] = compute("reference", part(inputs(torch.float64), rank), dist.group.WORLD)
     found["compiled"] = compiled_cross_entropy(part(inputs(), rank), dist.group.WORLD)
     found["out of range"] = out_of_range(part(inputs(), rank), dist.group.WORLD)
@@ -204,7 +232,7 @@ def whole_of(ranks: list[dict[str, Any]], case: str, name: str) -> Tensor:
     parts = [found[case][name] for found in ranks]
     if name.endswith(("by weight", "by bias")):
         return torch.cat(parts)
-    assert torch.equal(*parts)
+    torch.testing.assert_close(*parts, rtol=0.0, atol=0.0, equal_nan=True)
     return parts[0]
 
 
@@ -242,24 +270,29 @@ def test_bfloat16_is_the_unsplit_result(ranks, backend):
         close(whole_of(ranks, f"{backend} bfloat16", name), value, 4 * eps, rtol=2 * eps)
 
 
+@pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_a_part_of_nothing_but_impossible_tokens(ranks, backend):
-    """Its columns add nothing, and a target among them has log-probability -inf."""
-    x = empty_part()
-    expected = torch.stack(
-        linear_token_logprobs(
-            x["hidden"].double(),
-            x["weight"].double(),
-            x["targets"],
-            bias=x["bias"].double(),
-            return_entropy=True,
-            backend="reference",
-        )
-    )
-    assert (expected == -torch.inf).any()
-    found = whole_of([{"x": {"y": r[f"{backend} empty"]}} for r in ranks], "x", "y")
+def test_awkward_parts(ranks, backend, name):
+    """Columns without weight add nothing, NaN is not hidden, and an ignored target is a number of
+    the whole vocabulary."""
+    x = awkward(name)
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in x.items()}
+    expected = compute_awkward(name, "reference", wide)
+    found = {n: whole_of(ranks, f"{backend} {name}", n) for n in expected}
     logits = (x["hidden"] @ x["weight"].T).flatten(0, 1)
-    close(found, expected, 4 * row_tolerance(logits))
+    error = 4 * row_tolerance(logits, AWKWARD[name][1].get("temperature", 1.0))
+    finite = torch.where(expected["results"] < -1e30, -torch.inf, expected["results"])
+    close(torch.where(found["results"] < -1e30, -torch.inf, found["results"]), finite, error)
+    assert finite.isnan().all() == (name == "nan")
+    if name != "nan":
+        # Sums over 20 rows of such errors, by hidden states and weights of at most 4.
+        for n in ("by hidden", "by weight", "by bias"):
+            close(found[n], expected[n], 20 * 4 * 4 * error)
+
+
+def test_a_rank_without_rows_stops_all_ranks(ranks):
+    for found in ranks:
+        assert "weight has no rows on rank 1 of the group" in found["without rows"]
 
 
 def test_compiles(ranks):

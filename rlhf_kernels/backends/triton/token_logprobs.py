@@ -143,6 +143,8 @@ def _finish(
     column = tl.minimum(tl.maximum(target, 0), columns - 1)  # never read outside of the row
     z = tl.load(row_logits + column).to(tl.float32)
     maximum = tl.where(total == 0.0, float("-inf"), maximum)
+    # The maximum passed over NaN; whoever combines parts of the vocabulary must not.
+    maximum = tl.where(total == total, maximum, float("nan"))
     log_sum = tl.log(total)
     logprob = tl.div_rn(z - maximum, tau) - log_sum
     tl.store(logprobs + row, tl.where(target == ELSEWHERE, 0.0, logprob))
