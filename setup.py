@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ["token_logprobs", "gae", "ppo_loss"]
+KERNELS = ["token_logprobs", "advantages", "ppo_loss"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.
 COMMON_FLAGS = shlex.split(
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno"

@@ -17,14 +17,14 @@ OPERATIONS = {
     "linear_cross_entropy": "token_logprobs_forward",
     "linear_cross_entropy (backward)": "token_logprobs_backward",
     "gae": "gae_forward",
-    "rollout_advantages": "gae_forward",
+    "rollout_advantages": "rollout_forward",
     "ppo_loss": "ppo_loss_forward",
     "linear_ppo_loss": "token_logprobs_forward",
     "linear_ppo_loss (backward)": "token_logprobs_backward",
     "kl_penalty": "kl_penalty",
     "shaped_rewards": "shaped_rewards",
     "masked_mean": "masked_mean",
-    "masked_whiten": "masked_whiten",
+    "masked_whiten": "whiten",
 }
 
 

@@ -1,4 +1,4 @@
-"""The settings and the statistics of the clipped PPO loss, which backends share."""
+"""What backends share: the settings of GAE, the settings and statistics of the PPO loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+MASKED_STEPS = ("skip", "decay")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+class GAEConfig(NamedTuple):
+    """Numbers of `gae`, checked; value_lam is lam where none was given."""
+
+    gamma: float
+    lam: float
+    value_lam: float
+    masked: str
 
 
 @dataclass(frozen=True)

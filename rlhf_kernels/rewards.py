@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf_kernels import backends, checks
-
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+from rlhf_kernels.ppo_types import KL_ESTIMATORS
 
 
 def kl_penalty(
@@ -36,30 +35,39 @@ def kl_penalty(
 
 
 def shaped_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, backend: str | None = None
+    scores: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Rewards per token: -kl_coef · kl, plus the score at the row's last valid token.
 
     Args:
         scores: [B], one score a sequence, floating-point.
-        kl: [B, T], floating-point.
-        mask: [B, T], bool (or integers, 0 is masked): the valid tokens.
+        kl: [B, T], floating-point; [N] with cu_seqlens.
+        mask: the shape of kl, bool (or integers, 0 is masked): the valid tokens.
         kl_coef: the weight of the penalty.
+        cu_seqlens: [B + 1], integers: sequences without padding, as in `gae`.
         backend: see `rlhf_kernels.backends`.
 
     Returns:
-        rewards [B, T], float32 (float64 where an input is), 0 at masked positions, differentiable.
-        A row without valid tokens gets no reward.
+        rewards of kl's shape, float32 (float64 where an input is), 0 at masked positions,
+        differentiable. A row without valid tokens gets no reward.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     checks.floating(scores=scores, kl=kl)
-    checks.dimensions("kl", kl, 2, "[B, T]")
-    checks.shape("scores", scores, kl.shape[:1], "one score a sequence")
+    cu_seqlens, sequences = checks.sequences("kl", kl, cu_seqlens)
+    checks.shape("scores", scores, (sequences,), "one score a sequence")
     checks.like("kl", kl, mask=mask)
     checks.same_device("kl", kl, scores=scores)
     dtype = checks.compute_dtype(scores, kl)
     chosen = backends.choose_composed("shaped_rewards", kl, backend)
     kl_coef = checks.finite("kl_coef", kl_coef)
-    return chosen.shaped_rewards(scores.to(dtype), kl.to(dtype), checks.as_mask(mask), kl_coef)
+    return chosen.shaped_rewards(
+        scores.to(dtype), kl.to(dtype), checks.as_mask(mask), kl_coef, cu_seqlens
+    )

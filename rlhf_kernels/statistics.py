@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rlhf_kernels import backends, checks
+from rlhf_kernels import checks
 from rlhf_kernels.backends import reference
+from rlhf_kernels.ops.whiten import moments, whiten
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,6 +60,15 @@ def masked_whiten(
     """
     checks.floating(x=x)
     checks.like("x", x, mask=mask)
-    chosen = backends.choose_composed("masked_whiten", x, backend)
-    wide = x.detach().to(checks.compute_dtype(x))
-    return chosen.masked_whiten(wide, checks.as_mask(mask), shift_mean, eps, group)
+    wide, mask = x.detach().to(checks.compute_dtype(x)), checks.as_mask(mask)
+    total = over_ranks(moments(wide, mask, backend), group)
+    return whiten(wide, mask, total, shift_mean, float(eps), backend)
+
+
+def over_ranks(total: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks of `group`, on all of them; in place."""
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.all_reduce(total, group=group)
+    return total

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,8 +18,11 @@ using namespace rk;
 
 namespace {
 
-#define RK_KERNELS(isa) \
-  Kernels { #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::ppo_loss }
+#define RK_KERNELS(isa)                                                                      \
+  Kernels {                                                                                  \
+    #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
+        isa::whiten, isa::ppo_loss                                                           \
+  }
 
 // From the most capable on; what this machine cannot run is left out.
 std::vector<Kernels> runnable_kernels() {
@@ -60,10 +64,6 @@ void use_isa(const std::string& name) {
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-Series series(uintptr_t address, int64_t row_stride) {
-  return {pointer<const float>(address), row_stride};
 }
 
 RowsIn rows_in(uintptr_t logits, int type, int64_t rows, int64_t columns, int64_t row_stride) {
@@ -123,26 +123,78 @@ int64_t token_logprobs_backward(uintptr_t logits, int type, int64_t rows, int64_
   return bad;
 }
 
-void gae(uintptr_t rewards, int64_t rewards_stride, uintptr_t values, int64_t values_stride,
-         uintptr_t mask, int64_t mask_stride, uintptr_t bootstrap_values, double gamma, double lambda,
-         int64_t rows, int64_t columns, uintptr_t advantages, uintptr_t returns, int threads) {
+// Inputs come as (address, row stride); an absent one has address 0.
+typedef std::pair<uintptr_t, int64_t> Input;
+
+Series series(const Input& input) { return {pointer<const float>(input.first), input.second}; }
+
+Mask mask_in(const Input& input) { return {pointer<const uint8_t>(input.first), input.second}; }
+
+// (count, columns, address of cu_seqlens or 0)
+typedef std::tuple<int64_t, int64_t, uintptr_t> SequencesIn;
+
+Sequences sequences_in(const SequencesIn& in) {
+  return {std::get<0>(in), std::get<1>(in), pointer<const int64_t>(std::get<2>(in))};
+}
+
+// (gamma, lambda, lambda of the returns, address of [count, 3] or 0)
+typedef std::tuple<float, float, float, uintptr_t> RatesIn;
+
+GaeRates rates_in(const RatesIn& in) {
+  return {std::get<0>(in), std::get<1>(in), std::get<2>(in), pointer<const float>(std::get<3>(in))};
+}
+
+void gae(SequencesIn sequences, Input rewards, Input values, Input mask, uintptr_t bootstrap_values,
+         RatesIn rates, int masked, uintptr_t advantages, uintptr_t returns, int threads) {
   active.gae({
-      series(rewards, rewards_stride),
-      series(values, values_stride),
-      {pointer<const uint8_t>(mask), mask_stride},
+      sequences_in(sequences),
+      series(rewards),
+      series(values),
+      mask_in(mask),
       pointer<const float>(bootstrap_values),
-      float(gamma),
-      float(gamma * lambda),
-      rows,
-      columns,
+      rates_in(rates),
+      MaskedStep(masked),
       pointer<float>(advantages),
       pointer<float>(returns),
       threads,
   });
 }
 
-// Inputs come as (address, row stride); an absent one has address 0.
-typedef std::pair<uintptr_t, int64_t> Input;
+void rollout(SequencesIn sequences, uintptr_t scores, Input logprobs, Input ref_logprobs,
+             Input values, Input mask, uintptr_t bootstrap_values, float kl_coef, int kl_estimator,
+             RatesIn rates, int masked, uintptr_t advantages, uintptr_t returns, uintptr_t rewards,
+             uintptr_t kl, uintptr_t moments, int threads) {
+  std::vector<double> scratch(size_t(std::get<0>(sequences) * kMoments));
+  active.rollout({
+      {
+          sequences_in(sequences),
+          {nullptr, 0},
+          series(values),
+          mask_in(mask),
+          pointer<const float>(bootstrap_values),
+          rates_in(rates),
+          MaskedStep(masked),
+          pointer<float>(advantages),
+          pointer<float>(returns),
+          threads,
+      },
+      pointer<const float>(scores),
+      series(logprobs),
+      series(ref_logprobs),
+      kl_coef,
+      KlEstimator(kl_estimator),
+      pointer<float>(rewards),
+      pointer<float>(kl),
+      pointer<double>(moments),
+      scratch.data(),
+  });
+}
+
+void whiten(Input x, Input mask, int64_t rows, int64_t columns, double mean, double scale,
+            double shift, uintptr_t out, int threads) {
+  active.whiten({series(x), mask_in(mask), rows, columns, mean, scale, shift, pointer<float>(out),
+                 threads});
+}
 
 void ppo_loss(Input logprobs, Input old_logprobs, Input advantages, Input mask, Input values,
               Input old_values, Input returns, Input entropy, int64_t rows, int64_t columns,
@@ -153,14 +205,14 @@ void ppo_loss(Input logprobs, Input old_logprobs, Input advantages, Input mask, 
   const int64_t chunks = (rows * columns + kPpoChunk - 1) / kPpoChunk;
   std::vector<double> scratch(size_t(chunks * kPpoScratch));
   active.ppo_loss({
-      series(logprobs.first, logprobs.second),
-      series(old_logprobs.first, old_logprobs.second),
-      series(advantages.first, advantages.second),
-      series(values.first, values.second),
-      series(old_values.first, old_values.second),
-      series(returns.first, returns.second),
-      series(entropy.first, entropy.second),
-      {pointer<const uint8_t>(mask.first), mask.second},
+      series(logprobs),
+      series(old_logprobs),
+      series(advantages),
+      series(values),
+      series(old_values),
+      series(returns),
+      series(entropy),
+      mask_in(mask),
       rows,
       columns,
       clip_low,
@@ -199,5 +251,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("token_logprobs_forward", &token_logprobs_forward, release_gil());
   module.def("token_logprobs_backward", &token_logprobs_backward, release_gil());
   module.def("gae", &gae, release_gil());
+  module.def("rollout", &rollout, release_gil());
+  module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
 }

@@ -60,17 +60,57 @@ struct Mask {  // one byte an element: 0 where it is masked
   int64_t row_stride;
 };
 
+// Sequences of one series: rows of equal length, or packed one behind the other.
+struct Sequences {
+  int64_t count;
+  int64_t columns;            // of padded rows
+  const int64_t* cu_seqlens;  // [count + 1], or null: padded
+};
+
+enum class MaskedStep : int { skip, decay };
+
+struct GaeRates {
+  float gamma, lambda, value_lambda;
+  const float* per_sequence;  // [count, 3], or null
+};
+
 struct Gae {
+  Sequences sequences;
   Series rewards;
   Series values;
   Mask mask;
-  const float* bootstrap_values;  // [rows], or null
-  float gamma;
-  float gamma_lambda;
-  int64_t rows;
-  int64_t columns;
-  float* advantages;  // contiguous
-  float* returns;     // contiguous
+  const float* bootstrap_values;  // [count], or null
+  GaeRates rates;
+  MaskedStep masked;
+  float* advantages;  // contiguous, like all outputs
+  float* returns;
+  int threads;
+};
+
+enum class KlEstimator : int { k1, k2, k3, abs };
+
+constexpr int64_t kMoments = 3;  // number, sum, sum of squares
+
+struct Rollout {
+  Gae gae;              // its rewards are not read
+  const float* scores;  // [count]
+  Series logprobs;
+  Series ref_logprobs;
+  float kl_coef;
+  KlEstimator kl_estimator;
+  float* rewards;
+  float* kl;
+  double* moments;  // [kMoments], of the advantages
+  double* scratch;  // [count, kMoments]
+};
+
+// (x - mean)·scale + shift at the valid places, 0 elsewhere.
+struct Whiten {
+  Series x;
+  Mask mask;
+  int64_t rows, columns;
+  double mean, scale, shift;
+  float* out;  // contiguous
   int threads;
 };
 
@@ -107,15 +147,19 @@ struct Kernels {
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
   void (*token_logprobs_backward)(const TokenLogprobsBackward&);
   void (*gae)(const Gae&);
+  void (*rollout)(const Rollout&);
+  void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
 };
 
-#define RK_DECLARE_KERNELS(isa)                                  \
-  namespace isa {                                                \
+#define RK_DECLARE_KERNELS(isa)                                    \
+  namespace isa {                                                  \
   void token_logprobs_forward(const TokenLogprobsForward& args);   \
   void token_logprobs_backward(const TokenLogprobsBackward& args); \
-  void gae(const Gae& args);                                     \
-  void ppo_loss(const PpoLoss& args);                            \
+  void gae(const Gae& args);                                       \
+  void rollout(const Rollout& args);                               \
+  void whiten(const Whiten& args);                                 \
+  void ppo_loss(const PpoLoss& args);                              \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -6,8 +6,10 @@
 #include <math.h>
 
 #include "cpu/kernels.h"
+#include "cpu/mask.h"
 #include "cpu/simd.h"
 #include "cpu/vector_exp.h"
+#include "math/kl.h"
 #include "math/ppo_loss.h"
 
 namespace rk {
@@ -61,27 +63,6 @@ struct MaskSummary {
   int64_t sequences;
   float some_return;  // the first valid one
 };
-
-// 1 in each byte that is not 0: a mask that was viewed as bool may hold any byte.
-uint64_t ones_where_set(uint64_t bytes) {
-  const uint64_t low = 0x7f7f7f7f7f7f7f7f;
-  return ((((bytes & low) + low) | bytes) >> 7) & 0x0101010101010101;
-}
-
-int64_t count_valid(const uint8_t* mask, int64_t n) {
-  int64_t count = 0;
-  int64_t i = 0;
-  while (i + 8 <= n) {
-    // Eight counts side by side in the bytes of a word, for as long as none can overflow.
-    const int64_t words = (n - i) / 8 < 255 ? (n - i) / 8 : 255;
-    uint64_t sums = 0;
-    for (int64_t w = 0; w < words; ++w) sums += ones_where_set(load_as<uint64_t>(mask + i + 8 * w));
-    for (; sums; sums >>= 8) count += int64_t(sums & 255);
-    i += 8 * words;
-  }
-  for (; i < n; ++i) count += mask[i] != 0;
-  return count;
-}
 
 MaskSummary summarize(const PpoLoss& args) {
   MaskSummary summary = {0, 0, 0.0f};
@@ -172,6 +153,7 @@ RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints va
   // Masked lanes hold log ratio 0 and advantage 0: every term below is 0 there but the ratio.
   lanes.short_sums[kPolicyLoss] += weight * term.loss;
   lanes.short_sums[kLogRatio] += log_ratio;
+  // The k3 estimate of KL(old || new).
   lanes.short_sums[kK3] += exp_minus_one_minus(log_ratio, ratio);
   lanes.counts[kClipped] += term.clipped;
   lanes.counts[kDualClipped] += term.dual_clipped;

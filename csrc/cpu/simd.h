@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #include "cpu/kernels.h"
 #include "math/host_device.h"
 
@@ -64,6 +66,21 @@ RK_FORMULA float largest_lane(Floats x) {
   float result = x[0];
   for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
   return result;
+}
+
+template <int kBy, int... kLane>
+RK_FORMULA Floats shifted(Floats x, Floats behind, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, behind, (kLane + kBy)...);
+#else
+  return __builtin_shuffle(x, behind, Ints{(kLane + kBy)...});
+#endif
+}
+
+// Lane i becomes lane i + kBy; the last ones become the first ones of `behind`.
+template <int kBy>
+RK_FORMULA Floats shifted(Floats x, Floats behind) {
+  return shifted<kBy>(x, behind, std::make_integer_sequence<int, kLanes>());
 }
 
 RK_FORMULA bool any_above(Floats x, float bound) {

@@ -14,11 +14,27 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.ppo_types import AGGREGATIONS, NUM_STATS, PPOLossConfig
+from rlhf_kernels.backends import reference
+from rlhf_kernels.ppo_types import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    MASKED_STEPS,
+    NUM_STATS,
+    GAEConfig,
+    PPOLossConfig,
+)
 
 NAME = "cpu"
 PRIMITIVES = frozenset(
-    {"token_logprobs_forward", "token_logprobs_backward", "gae_forward", "ppo_loss_forward"}
+    {
+        "token_logprobs_forward",
+        "token_logprobs_backward",
+        "gae_forward",
+        "rollout_forward",
+        "moments",
+        "whiten",
+        "ppo_loss_forward",
+    }
 )
 ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
@@ -167,31 +183,92 @@ def gae_forward(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    gamma: float,
-    lam: float,
     bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: GAEConfig,
+    rates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both [B, T]; masked positions are 0 and are stepped over."""
-    rewards, values, mask = _rows(rewards), _rows(values), _unit_columns(mask)
+    """Advantages and returns, [B, T] or packed [N], 0 at masked places."""
+    advantages, returns = (torch.empty(values.shape, dtype=torch.float32) for _ in range(2))
     bootstrap = None if bootstrap_values is None else _vector(bootstrap_values)
-    advantages = torch.empty(values.shape, dtype=torch.float32)
-    returns = torch.empty(values.shape, dtype=torch.float32)
+    rates = None if rates is None else _vector(rates)
+    series = [_rows(x) for x in (rewards, values)]
+    mask = _unit_columns(mask)
     _cpu.gae(
-        rewards.data_ptr(),
-        rewards.stride(0),
-        values.data_ptr(),
-        values.stride(0),
-        mask.data_ptr(),
-        mask.stride(0),
+        _sequences(values, cu_seqlens),
+        *map(_input, series),
+        _input(mask),
         _address(bootstrap),
-        gamma,
-        lam,
-        *values.shape,
+        (config.gamma, config.lam, config.value_lam, _address(rates)),
+        MASKED_STEPS.index(config.masked),
         advantages.data_ptr(),
         returns.data_ptr(),
         torch.get_num_threads(),
     )
     return advantages, returns
+
+
+def rollout_forward(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    config: GAEConfig,
+    rates: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards, KL, and number, sum and sum of squares of the advantages."""
+    outputs = [torch.empty(values.shape, dtype=torch.float32) for _ in range(4)]
+    moments = torch.empty(3, dtype=torch.float64)
+    scores = _vector(scores)
+    bootstrap = None if bootstrap_values is None else _vector(bootstrap_values)
+    rates = None if rates is None else _vector(rates)
+    series = [_rows(x) for x in (logprobs, ref_logprobs, values)]
+    mask = _unit_columns(mask)
+    _cpu.rollout(
+        _sequences(values, cu_seqlens),
+        scores.data_ptr(),
+        *map(_input, series),
+        _input(mask),
+        _address(bootstrap),
+        kl_coef,
+        KL_ESTIMATORS.index(kl_estimator),
+        (config.gamma, config.lam, config.value_lam, _address(rates)),
+        MASKED_STEPS.index(config.masked),
+        *(output.data_ptr() for output in outputs),
+        moments.data_ptr(),
+        torch.get_num_threads(),
+    )
+    advantages, returns, rewards, kl = outputs
+    return advantages, returns, rewards, kl, moments
+
+
+moments = reference.moments  # three sums, as fast in PyTorch
+
+
+def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    """(x - mean)/sqrt(var + eps) by the moments of all ranks; any shape."""
+    mean, variance = (float(number) for number in reference.mean_and_variance(total))
+    out = torch.empty(x.shape, dtype=torch.float32)
+    if x.numel() == 0:
+        return out
+    columns = x.shape[-1] if x.dim() > 0 else 1
+    rows, valid = _rows(x.reshape(-1, columns)), _unit_columns(mask.reshape(-1, columns))
+    _cpu.whiten(
+        _input(rows),
+        _input(valid),
+        *rows.shape,
+        mean,
+        1.0 / math.sqrt(variance + eps),
+        0.0 if shift_mean else mean,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def ppo_loss_forward(
@@ -223,10 +300,10 @@ def ppo_loss_forward(
     grad_logprobs = torch.empty(shape, dtype=torch.float32)
     grad_values = None if values is None else torch.empty(shape, dtype=torch.float32)
     grad_entropy = None if entropy is None else torch.empty(shape, dtype=torch.float32)
-    inputs = [_ABSENT if x is None else (x.data_ptr(), x.stride(0)) for x in series]
+    inputs = [_ABSENT if x is None else _input(x) for x in series]
     _cpu.ppo_loss(
         *inputs[:3],
-        (mask.data_ptr(), mask.stride(0)),
+        _input(mask),
         *inputs[3:],
         *shape,
         1.0 - config.clip_range,
@@ -262,7 +339,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _input(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.stride(0)
+
+
+def _sequences(series: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    if cu_seqlens is None:
+        return series.shape[0], series.shape[1], 0
+    return cu_seqlens.numel() - 1, 0, cu_seqlens.data_ptr()
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

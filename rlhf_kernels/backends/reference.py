@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.ppo_types import PPOLossConfig
+from rlhf_kernels.packing import Packed
+from rlhf_kernels.ppo_types import GAEConfig, PPOLossConfig
 
 NAME = "reference"
 PRIMITIVES = frozenset(
@@ -19,11 +20,13 @@ PRIMITIVES = frozenset(
         "token_logprobs_forward",
         "token_logprobs_backward",
         "gae_forward",
+        "rollout_forward",
+        "moments",
+        "whiten",
         "ppo_loss_forward",
         "kl_penalty",
         "shaped_rewards",
         "masked_mean",
-        "masked_whiten",
     }
 )
 
@@ -99,24 +102,62 @@ def gae_forward(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    gamma: float,
-    lam: float,
     bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: GAEConfig,
+    rates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both [B, T]; masked positions are 0 and are stepped over."""
+    """Advantages and returns, [B, T] or packed [N], 0 at masked places.
+
+    rates: [B, 3], gamma, lam and value_lam of each sequence, in place of those of `config`.
+    """
+    packed = Packed.of(cu_seqlens, mask)
+    if packed is not None:
+        rewards, values = packed.pad(rewards), packed.pad(values)
+        both_padded = gae_forward(
+            rewards, values, packed.pad(mask), bootstrap_values, None, config, rates
+        )
+        return packed.unpad(both_padded[0]), packed.unpad(both_padded[1])
     rewards = torch.where(mask, rewards, 0.0)
     values = torch.where(mask, values, 0.0)
-    advantages = torch.zeros_like(values)
-    next_advantage = values.new_zeros(values.shape[0])
-    next_value = next_advantage if bootstrap_values is None else bootstrap_values
+    numbers = (config.gamma, config.lam, config.value_lam)
+    gamma, lam, value_lam = numbers if rates is None else rates.unbind(dim=1)
+    # Before the last valid token masked ones take their steps too, where the decay goes on.
+    counted = mask if config.masked == "skip" else mask.flip(1).cumsum(1).flip(1) > 0
+    both = torch.zeros(2, *values.shape, dtype=values.dtype, device=values.device)
+    zero = values.new_zeros(values.shape[0])
+    following = [zero, zero]
+    next_value = zero if bootstrap_values is None else bootstrap_values
     for t in range(values.shape[1] - 1, -1, -1):
-        valid = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        advantages[:, t] = torch.where(valid, advantage, 0.0)
-        next_advantage = torch.where(valid, advantage, next_advantage)
-        next_value = torch.where(valid, values[:, t], next_value)
-    return advantages, advantages + values
+        for i, decay in enumerate((gamma * lam, gamma * value_lam)):
+            advantage = delta + decay * following[i]
+            both[i, :, t] = torch.where(mask[:, t], advantage, 0.0)
+            following[i] = torch.where(counted[:, t], advantage, following[i])
+        next_value = torch.where(counted[:, t], values[:, t], next_value)
+    return both[0], both[1] + values
+
+
+def rollout_forward(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    config: GAEConfig,
+    rates: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards, KL, and the advantages' `moments`."""
+    kl = torch.where(mask, kl_penalty(logprobs, ref_logprobs, kl_estimator), 0.0)
+    rewards = shaped_rewards(scores, kl, mask, kl_coef, cu_seqlens)
+    advantages, returns = gae_forward(
+        rewards, values, mask, bootstrap_values, cu_seqlens, config, rates
+    )
+    return advantages, returns, rewards, kl, moments(advantages, mask)
 
 
 def ppo_loss_forward(
@@ -194,8 +235,13 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     return r.abs()
 
 
-def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """−kl_coef · kl, plus the score at the last valid token of each row."""
+def shaped_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """−kl_coef · kl, plus the score at the last valid token of each sequence."""
+    packed = Packed.of(cu_seqlens, mask)
+    if packed is not None:
+        return packed.unpad(shaped_rewards(scores, packed.pad(kl), packed.pad(mask), kl_coef))
     valid_from_here = mask.flip(-1).cumsum(-1).flip(-1)
     last = mask & (valid_from_here == 1)
     return -kl_coef * torch.where(mask, kl, 0.0) + torch.where(last, scores[:, None], 0.0)
@@ -206,32 +252,32 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None) -> T
     return torch.where(mask, x, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_whiten(
-    x: Tensor, mask: Tensor, shift_mean: bool, eps: float, group: object | None
-) -> Tensor:
-    """(x − mean)/sqrt(var + eps) over the valid places of all ranks of `group`."""
-    # Sums in float64: a float32 count would stop at 2^24 tokens. (MPS has no float64.)
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Number, sum and sum of squares [3] of the valid places, which add up over ranks.
+
+    In float64, where a count does not stop at 2^24, and squares of float32 numbers keep the digits
+    that their difference needs. (MPS has no float64.)
+    """
     wide = x.dtype if x.device.type == "mps" else torch.float64
-    x = torch.where(mask, x, 0.0)
-    count_and_sum = torch.stack([mask.sum(dtype=wide), x.sum(dtype=wide)])
-    _all_reduce(count_and_sum, group)
-    count = count_and_sum[0].clamp(min=1)
-    mean = count_and_sum[1] / count
+    x = torch.where(mask, x, 0.0).to(wide)
+    return torch.stack([mask.sum(dtype=wide), x.sum(), x.square().sum()])
+
+
+def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    """(x − mean)/sqrt(var + eps) by the moments of all ranks."""
+    mean, variance = mean_and_variance(total)
     centred = torch.where(mask, x - mean, 0.0)
-    # The second pass, rather than a sum of squares, keeps small variances exact.
-    squares = centred.square().sum(dtype=wide)
-    _all_reduce(squares, group)
-    whitened = centred / (squares / count + eps).sqrt()
+    whitened = centred / (variance + eps).sqrt()
     if not shift_mean:
         whitened = torch.where(mask, whitened + mean, 0.0)
     return whitened.to(x.dtype)
 
 
-def _all_reduce(tensor: Tensor, group: object | None) -> None:
-    if group is not None:
-        import torch.distributed as dist
-
-        dist.all_reduce(tensor, group=group)  # type: ignore[arg-type]
+def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `moments`; 0 without valid places. The variance is that of the population."""
+    count = total[0].clamp(min=1)
+    mean = total[1] / count
+    return mean, (total[2] / count - mean.square()).clamp(min=0)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -54,22 +54,37 @@ def gae(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    gamma: float,
-    lam: float,
+    gamma: float | Tensor,
+    lam: float | Tensor,
     bootstrap_values: Tensor | None = None,
+    value_lam: float | Tensor | None = None,
+    masked: str = "skip",
 ) -> tuple[np.ndarray, np.ndarray]:
     """A_t as the sum over k of (γλ)^k δ_{t+k}, not as a recursion."""
     r, v, m = array(rewards), array(values), mask.bool().numpy()
     advantages, returns = np.zeros(r.shape), np.zeros(r.shape)
+    value_lam = lam if value_lam is None else value_lam
     for b in range(r.shape[0]):
-        places = np.flatnonzero(m[b])
-        following = [v[b, t] for t in places[1:]]
-        following.append(0.0 if bootstrap_values is None else float(bootstrap_values[b]))
-        deltas = [r[b, t] + gamma * n - v[b, t] for t, n in zip(places, following)]
+        discount, decay, slow = (
+            float(x[b]) if isinstance(x, Tensor) else x for x in (gamma, lam, value_lam)
+        )
+        valid = np.flatnonzero(m[b])
+        places = valid
+        if masked == "decay" and valid.size:
+            places = np.arange(valid[0], valid[-1] + 1)
+        rewards_at = [r[b, t] if m[b, t] else 0.0 for t in places]
+        values_at = [v[b, t] if m[b, t] else 0.0 for t in places]
+        last = 0.0 if bootstrap_values is None else float(bootstrap_values[b])
+        following = [*values_at[1:], last]
+        deltas = [x + discount * n - y for x, n, y in zip(rewards_at, following, values_at)]
         for i, t in enumerate(places):
-            terms = [(gamma * lam) ** k * delta for k, delta in enumerate(deltas[i:])]
-            advantages[b, t] = math.fsum(terms)
-            returns[b, t] = advantages[b, t] + v[b, t]
+            if not m[b, t]:
+                continue
+            sums = [
+                math.fsum((discount * x) ** k * delta for k, delta in enumerate(deltas[i:]))
+                for x in (decay, slow)
+            ]
+            advantages[b, t], returns[b, t] = sums[0], sums[1] + v[b, t]
     return advantages, returns
 
 

@@ -100,8 +100,25 @@ def test_opcheck_linear_losses(backend, needed):
 @pytest.mark.parametrize("with_bootstrap", [False, True])
 def test_opcheck_gae(backend, with_bootstrap):
     bootstrap = normal(3, seed=3) if with_bootstrap else None
-    arguments = (normal(3, 5, seed=1), normal(3, 5, seed=2), random_mask(3, 5), 0.9, 0.95)
-    torch.library.opcheck(torch.ops.rlhf_kernels.gae.default, (*arguments, bootstrap, backend))
+    rates = torch.rand(3, 3) if with_bootstrap else None
+    series = [normal(3, 5, seed=seed) for seed in range(4)]
+    mask, options = random_mask(3, 5), (0.9, 0.95, 1.0, "decay", rates, backend)
+    operators = torch.ops.rlhf_kernels
+    torch.library.opcheck(operators.gae.default, (*series[:2], mask, bootstrap, None, *options))
+    arguments = (series[0][:, 0], *series[1:], mask, bootstrap, None, 0.1, "k3", *options)
+    torch.library.opcheck(operators.rollout_advantages.default, arguments)
+    flat = [x.flatten() for x in (*series[:2], mask)]
+    cu_seqlens = torch.tensor([0, 4, 4, 15])
+    torch.library.opcheck(operators.gae.default, (*flat, bootstrap, cu_seqlens, *options))
+
+
+@pytest.mark.parametrize("backend", backends_for("whiten"))
+def test_opcheck_whitening(backend):
+    x, mask = normal(3, 5, seed=1), random_mask(3, 5)
+    total = kernels.backends.reference.moments(x, mask)
+    operators = torch.ops.rlhf_kernels
+    torch.library.opcheck(operators.moments.default, (x, mask, backend))
+    torch.library.opcheck(operators.whiten.default, (x, mask, total, False, 1e-8, backend))
 
 
 @pytest.mark.parametrize("backend", backends_for("ppo_loss_forward"))
@@ -208,7 +225,7 @@ def check_compiled(name, backend, compiler):
 
 
 # What a program calls besides the row kernels.
-CALLS = {"ppo_loss": "ppo_loss_forward", "rollout_advantages": "gae_forward"}
+CALLS = {"ppo_loss": "ppo_loss_forward", "rollout_advantages": "rollout_forward"}
 
 
 @pytest.mark.parametrize(

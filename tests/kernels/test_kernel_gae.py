@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, random_mask
 
-from rlhf_kernels import gae, kl_penalty, rollout_advantages
+from rlhf_kernels import (
+    gae,
+    kl_penalty,
+    masked_mean,
+    masked_whiten,
+    rollout_advantages,
+    shaped_rewards,
+)
 
 pytestmark = pytest.mark.parametrize("backend", backends_for("gae_forward"))
 
@@ -20,22 +27,32 @@ def tolerance(length: int, gamma: float, lam: float, size: float) -> float:
     return 4 * EPS * steps * size
 
 
-def check(rewards, values, mask, gamma, lam, bootstrap, backend):
-    result = gae(
-        rewards,
-        values,
-        mask,
-        gamma=gamma,
-        lam=lam,
-        bootstrap_values=bootstrap,
-        backend=backend,
-    )
-    expected = oracle.gae(rewards, values, mask, gamma, lam, bootstrap)
+def check(rewards, values, mask, gamma, lam, bootstrap, backend, **options):
+    numbers = {"gamma": gamma, "lam": lam, "bootstrap_values": bootstrap, **options}
+    result = gae(rewards, values, mask, **numbers, backend=backend)
+    expected = oracle.gae(rewards, values, mask, **numbers)
     size = 1.0 + max((abs(array).max() for array in expected if array.size), default=0.0)
+    slowest = max(float(torch.as_tensor(x).max()) for x in (lam, options.get("value_lam", 0.0)))
+    largest = float(torch.as_tensor(gamma).max())
     for actual, wanted in zip(result, expected):
         assert actual.dtype == torch.float32 and not actual.requires_grad
-        close(actual, wanted, tolerance(mask.shape[1], gamma, lam, size))
+        close(actual, wanted, tolerance(mask.shape[1], largest, slowest, size))
         assert (actual[~mask] == 0).all()
+    return result
+
+
+def packed(mask, *padded):
+    """Without what stands before the first and after the last valid place; holes stay."""
+    spans, lengths = [], []
+    for row in mask:
+        valid = row.nonzero().flatten().tolist()
+        spans.append(slice(valid[0], valid[-1] + 1) if valid else slice(0, 0))
+        lengths.append(spans[-1].stop - spans[-1].start)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    flat = [
+        torch.cat([x[0:0].flatten(), *(r[s] for r, s in zip(x, spans))]) for x in (mask, *padded)
+    ]
+    return cu_seqlens, *flat
 
 
 @given(
@@ -71,6 +88,53 @@ def test_sizes(backend, rows, length):
         normal(rows, seed=3),
         backend,
     )
+
+
+RATES = st.sampled_from([1.0, 0.95, 0.5, 0.0])
+
+
+@given(
+    mask=masks(),
+    gamma=RATES,
+    lam=RATES,
+    value_lam=RATES,
+    per_sequence=st.booleans(),
+    masked=st.sampled_from(["skip", "decay"]),
+    bootstrap=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_all_options_padded_and_packed(
+    backend, mask, gamma, lam, value_lam, per_sequence, masked, bootstrap, seed
+):
+    rows, length = mask.shape
+    rewards, values = normal(rows, length, seed=seed), normal(rows, length, seed=seed + 1)
+    options = {"gamma": gamma, "lam": lam, "value_lam": value_lam}
+    if per_sequence and rows:
+        generator = torch.Generator().manual_seed(seed)
+        options = {n: x * torch.rand(rows, generator=generator) for n, x in options.items()}
+    options["bootstrap"] = normal(rows, seed=seed + 2) if bootstrap else None
+    result = check(rewards, values, mask, **options, masked=masked, backend=backend)
+    options["bootstrap_values"] = options.pop("bootstrap")
+    cu_seqlens, flat_mask, *series = packed(mask, rewards, values)
+    flat = gae(*series, flat_mask, **options, masked=masked, cu_seqlens=cu_seqlens, backend=backend)
+    for padded, dense in zip(result, flat):
+        assert torch.equal(padded[mask], dense[flat_mask])
+        assert (dense[~flat_mask] == 0).all()
+
+
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+@pytest.mark.parametrize("length", [15, 16, 17, 63, 5000])
+def test_holes_of_every_size(backend, masked, length):
+    """Around the widths of vectors, and long: sums build up over all of it with λ = 1."""
+    if length == 5000 and backend == "reference":
+        pytest.skip("the loop over time that it is, for seconds")
+    mask = torch.ones(4, length, dtype=torch.bool)
+    mask[1, length // 3 : length // 2] = False
+    mask[2, ::2] = False
+    mask[3, : length - 1] = False
+    options = {"value_lam": 1.0, "masked": masked}
+    series = normal(4, length, seed=1), normal(4, length, seed=2)
+    check(*series, mask, 0.99, 0.9, normal(4, seed=3), backend, **options)
 
 
 def test_masked_content_does_not_matter(backend):
@@ -128,6 +192,86 @@ def test_carries_no_gradient(backend):
     values = normal(2, 5, seed=1).requires_grad_()
     for result in gae(values, values, torch.ones(2, 5, dtype=torch.bool), backend=backend):
         assert not result.requires_grad
+
+
+@given(
+    mask=masks(),
+    masked=st.sampled_from(["skip", "decay"]),
+    estimator=st.sampled_from(["k1", "k2", "k3", "abs"]),
+    whiten=st.booleans(),
+    seed=st.integers(0, 20),
+)
+def test_rollout_packed_is_rollout_padded(backend, mask, masked, estimator, whiten, seed):
+    rows, length = mask.shape
+    series = [normal(rows, length, seed=seed + i) for i in range(3)]
+    scores, bootstrap = normal(rows, seed=seed + 3), normal(rows, seed=seed + 4)
+    options = {
+        "kl_coef": 0.3,
+        "kl_estimator": estimator,
+        "gamma": 0.9,
+        "value_lam": 1.0,
+        "bootstrap_values": bootstrap,
+        "masked": masked,
+        "whiten_rewards": whiten,
+        "whiten_scores": whiten,
+        "score_clip": 0.8,
+        "backend": backend,
+    }
+    result = rollout_advantages(scores, *series, mask, **options)
+    cu_seqlens, flat_mask, *flat = packed(mask, *series)
+    dense = rollout_advantages(scores, *flat, flat_mask, cu_seqlens=cu_seqlens, **options)
+    # Sums over all tokens may add up in another order, in float64.
+    for a, b in zip(result[:4], dense[:4]):
+        close(b[flat_mask], a[mask], 8 * EPS * (1 + float(a.abs().sum())))
+        assert (b[~flat_mask] == 0).all() and (a[~mask] == 0).all()
+    for a, b in zip(result[4:], dense[4:]):
+        close(b, a, 8 * EPS * (1 + float(a.abs())))
+    again = rollout_advantages(scores, *series, mask, **options)
+    assert all(torch.equal(a, b) for a, b in zip(result, again))
+
+
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+def test_rollout_is_its_parts(backend, masked):
+    """One pass, or the functions that existing code calls one by one."""
+    mask = random_mask(6, 40)
+    logprobs, reference, values = (normal(6, 40, seed=s) for s in (1, 2, 3))
+    scores = 3 * normal(6, seed=4)
+    result = rollout_advantages(
+        scores,
+        *(logprobs, reference, values, mask),
+        kl_coef=0.2,
+        kl_estimator="k3",
+        gamma=0.97,
+        masked=masked,
+        score_clip=2.0,
+        backend=backend,
+    )
+    kl = kl_penalty(logprobs, reference, estimator="k3")
+    rewards = shaped_rewards(scores.clamp(-2, 2), kl, mask, kl_coef=0.2)
+    advantages, returns = gae(rewards, values, mask, gamma=0.97, masked=masked, backend=backend)
+    close(result.kl, kl.masked_fill(~mask, 0.0), 8 * EPS * float(kl.abs().max()))
+    close(result.rewards, rewards, 8 * EPS * float(rewards.abs().max()))
+    atol = 2 * tolerance(40, 0.97, 0.95, 10.0)
+    close(result.returns, returns, atol)
+    close(result.advantages, masked_whiten(advantages, mask, backend=backend), atol)
+    close(result.advantage_mean, masked_mean(advantages, mask), atol)
+    close(result.advantage_std, advantages[mask].std(correction=0), atol)
+
+
+def test_scores_are_whitened_then_clipped(backend):
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[2] = False  # without a token, so its score does not count
+    zeros = torch.zeros(5, 3)
+    scores = torch.tensor([1.0, 2.0, 1e9, 3.0, 10.0])
+    options = {"kl_coef": 0.0, "whiten_scores": True, "backend": backend}
+    arguments = (scores, zeros, zeros, zeros, mask)
+    rewards = rollout_advantages(*arguments, **options).rewards[:, 2]
+    kept = scores[[0, 1, 3, 4]].double()
+    expected = (kept - kept.mean()) / kept.std(correction=0)
+    close(rewards[[0, 1, 3, 4]], expected, 8 * EPS)
+    assert rewards[2] == 0
+    clipped = rollout_advantages(*arguments, score_clip=0.5, **options).rewards[:, 2]
+    assert torch.equal(clipped, rewards.clamp(-0.5, 0.5))
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])

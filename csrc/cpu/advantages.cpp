@@ -1,0 +1,337 @@
+// Everything that follows a rollout, backwards in time: KL penalty, rewards, advantages, returns.
+//
+// The valid tokens of a sequence are taken as one dense series, in vectors counted from its end. So
+// neither padding nor holes change a bit of the result, and nothing masked is ever used.
+
+#include <math.h>
+#include <string.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/mask.h"
+#include "cpu/simd.h"
+#include "cpu/vector_exp.h"
+#include "math/gae.h"
+#include "math/kl.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace {
+
+// The lanes of a series from `start` on, which may lie before its beginning: 0 there.
+RK_FORMULA Floats load_back(const float* x, int64_t start) {
+  if (start >= 0) return load<Float32>(x + start);
+  Floats lanes = {};
+  memcpy(reinterpret_cast<float*>(&lanes) - start, x, size_t(kLanes + start) * sizeof(float));
+  return lanes;
+}
+
+RK_FORMULA void store_back(float* x, int64_t start, Floats lanes) {
+  if (start >= 0) return store<Float32>(x + start, lanes);
+  memcpy(x, reinterpret_cast<float*>(&lanes) - start, size_t(kLanes + start) * sizeof(float));
+}
+
+// A_t = delta_t + c·A_{t+1} over the lanes and what follows them, in log2(kLanes) steps: after each,
+// a lane holds the sum over twice as many.
+class Scan {
+ public:
+  explicit Scan(float c) {
+    float power = 1.0f;
+    for (int lane = kLanes - 1; lane >= 0; --lane) following_[lane] = power *= c;
+    for (int step = 0; step < 4; ++step, c *= c) factors_[step] = c;
+  }
+
+  RK_FORMULA Floats operator()(Floats x, float following) const {
+    const Floats zero = {};
+    x += shifted<1>(x, zero) * factors_[0];
+    x += shifted<2>(x, zero) * factors_[1];
+    if constexpr (kLanes > 4) x += shifted<4>(x, zero) * factors_[2];
+    if constexpr (kLanes > 8) x += shifted<8>(x, zero) * factors_[3];
+    return x + following_ * following;
+  }
+
+ private:
+  float factors_[4];   // c, c², c⁴, c⁸
+  Floats following_;   // what the next advantage counts for in each lane: c^kLanes ... c
+};
+
+struct Rates {
+  float gamma;
+  Scan policy, value;
+  bool same;
+
+  Rates(float gamma, float lambda, float value_lambda)
+      : gamma(gamma),
+        policy(gamma * lambda),
+        value(gamma * value_lambda),
+        same(lambda == value_lambda) {}
+};
+
+struct GivenRewards {
+  const float* rewards;
+  RK_FORMULA Floats operator()(int64_t start) const { return load_back(rewards, start); }
+};
+
+RK_FORMULA Floats kl_estimate(Floats r, KlEstimator estimator) {
+  switch (estimator) {
+    case KlEstimator::k1: return r;
+    case KlEstimator::k2: return r * r * 0.5f;
+    case KlEstimator::k3: return exp_minus_one_minus(-r, vector_exp(-r));
+    case KlEstimator::abs: return larger(-r, r);
+  }
+  return r;
+}
+
+struct ShapedRewards {
+  const float* logprobs;
+  const float* ref_logprobs;
+  float kl_coef;
+  KlEstimator estimator;
+  float score;
+  int64_t n;
+  float* rewards;
+  float* kl;
+
+  RK_FORMULA Floats operator()(int64_t start) const {
+    const Floats r = load_back(logprobs, start) - load_back(ref_logprobs, start);
+    const Floats penalty = kl_estimate(r, estimator);
+    Floats reward = penalty * -kl_coef;
+    if (start + kLanes == n) reward[kLanes - 1] += score;
+    store_back(kl, start, penalty);
+    store_back(rewards, start, reward);
+    return reward;
+  }
+};
+
+struct Sums {
+  Doubles sum, squares;
+};
+
+template <bool kSums, class Rewards>
+void dense_advantages(const Rewards& rewards, const float* values, int64_t n, float bootstrap,
+                      const Rates& rates, float* advantages, float* returns, Sums& sums) {
+  float next_value = bootstrap, next_advantage = 0.0f, next_of_return = 0.0f;
+  for (int64_t start = n - kLanes; start > -kLanes; start -= kLanes) {
+    const Floats value = load_back(values, start);
+    const Floats next_values = shifted<1>(value, splat(next_value));
+    const Floats delta = gae_delta(rewards(start), next_values, value, rates.gamma);
+    Floats advantage = rates.policy(delta, next_advantage);
+    const Floats of_return = rates.same ? advantage : rates.value(delta, next_of_return);
+    next_value = value[0], next_advantage = advantage[0], next_of_return = of_return[0];
+    store_back(advantages, start, advantage);
+    store_back(returns, start, of_return + value);
+    if (kSums) {
+      if (start < 0) advantage = load_back(advantages, start);  // 0 before the beginning
+      const Doubles wide = __builtin_convertvector(advantage, Doubles);
+      sums.sum += wide;
+      sums.squares += wide * wide;
+    }
+  }
+}
+
+// The places of one sequence that take a step: from the first valid one to the last.
+struct Span {
+  const uint8_t* mask;
+  int64_t first, end;
+  int64_t valid;
+  bool whole() const { return valid == end - first; }
+};
+
+Span span_of(const uint8_t* mask, int64_t n) {
+  const int64_t end = end_of_valid(mask, n);
+  const int64_t first = first_valid(mask, end);
+  return {mask, first, end, count_valid(mask + first, end - first)};
+}
+
+// A series without its holes (skip), or with 0 in them (decay), beginning at the first valid place.
+const float* dense(const float* x, const Span& span, MaskedStep masked, float* memory) {
+  if (span.whole()) return x + span.first;
+  int64_t n = 0;
+  for (int64_t i = span.first; i < span.end; ++i) {
+    if (span.mask[i]) {
+      memory[n++] = x[i];
+    } else if (masked == MaskedStep::decay) {
+      memory[n++] = 0.0f;
+    }
+  }
+  return memory;
+}
+
+// Back to the valid places, and 0 to the others, in a series of `n` places.
+void spread(const float* from, const Span& span, MaskedStep masked, float* to, int64_t n) {
+  memset(to, 0, size_t(span.first) * sizeof(float));
+  memset(to + span.end, 0, size_t(n - span.end) * sizeof(float));
+  if (from == to + span.first) return;
+  for (int64_t i = span.first; i < span.end; ++i) {
+    to[i] = span.mask[i] ? *from : 0.0f;
+    from += span.mask[i] || masked == MaskedStep::decay;
+  }
+}
+
+// Memory for the dense series of a sequence with holes, and where they go otherwise.
+class Dense {
+ public:
+  Dense(const Span& span, MaskedStep masked, int64_t n) : span_(span), masked_(masked), n_(n) {
+    length_ = span.whole() || masked == MaskedStep::decay ? span.end - span.first : span.valid;
+    if (!span.whole()) memory_.resize(size_t(kMost * length_));
+  }
+
+  int64_t length() const { return length_; }
+
+  const float* in(const float* x) { return dense(x, span_, masked_, next()); }
+
+  float* out(float* x) {
+    outputs_[count_] = {span_.whole() ? x + span_.first : next(), x};
+    return outputs_[count_++].dense;
+  }
+
+  void finish() {
+    for (int i = 0; i < count_; ++i) {
+      spread(outputs_[i].dense, span_, masked_, outputs_[i].series, n_);
+    }
+  }
+
+ private:
+  static constexpr int kMost = 7;  // three series in, four out
+
+  struct Output {
+    float* dense;
+    float* series;
+  };
+
+  float* next() { return memory_.empty() ? nullptr : memory_.data() + length_ * used_++; }
+
+  const Span span_;
+  const MaskedStep masked_;
+  const int64_t n_;
+  int64_t length_;
+  std::vector<float> memory_;
+  int used_ = 0;
+  Output outputs_[kMost];
+  int count_ = 0;
+};
+
+// Where a sequence begins in the inputs, by their strides, and in the outputs, and its length.
+struct Place {
+  const Sequences& sequences;
+  int64_t index;
+
+  int64_t length() const {
+    const int64_t* starts = sequences.cu_seqlens;
+    return starts ? starts[index + 1] - starts[index] : sequences.columns;
+  }
+  int64_t begin(int64_t row_stride) const {
+    return sequences.cu_seqlens ? sequences.cu_seqlens[index] : index * row_stride;
+  }
+  template <class T>
+  auto in(const T& series) const {
+    return series.data + begin(series.row_stride);
+  }
+  float* out(float* data) const { return data + begin(sequences.columns); }
+};
+
+Rates rates_of(const GaeRates& rates, int64_t sequence) {
+  if (!rates.per_sequence) return {rates.gamma, rates.lambda, rates.value_lambda};
+  const float* own = rates.per_sequence + 3 * sequence;
+  return {own[0], own[1], own[2]};
+}
+
+float bootstrap_of(const Gae& args, int64_t sequence) {
+  return args.bootstrap_values ? args.bootstrap_values[sequence] : 0.0f;
+}
+
+void gae_sequence(const Gae& args, int64_t sequence) {
+  const Place place = {args.sequences, sequence};
+  const int64_t n = place.length();
+  Dense dense(span_of(place.in(args.mask), n), args.masked, n);
+  Sums unused = {};
+  const GivenRewards rewards = {dense.in(place.in(args.rewards))};
+  const float* values = dense.in(place.in(args.values));
+  float* advantages = dense.out(place.out(args.advantages));
+  float* returns = dense.out(place.out(args.returns));
+  dense_advantages<false>(rewards, values, dense.length(), bootstrap_of(args, sequence),
+                          rates_of(args.rates, sequence), advantages, returns, unused);
+  dense.finish();
+}
+
+void rollout_sequence(const Rollout& args, int64_t sequence) {
+  const Place place = {args.gae.sequences, sequence};
+  const int64_t n = place.length();
+  const Span span = span_of(place.in(args.gae.mask), n);
+  Dense dense(span, args.gae.masked, n);
+  Sums sums = {};
+  const float* logprobs = dense.in(place.in(args.logprobs));
+  const float* ref_logprobs = dense.in(place.in(args.ref_logprobs));
+  const float* values = dense.in(place.in(args.gae.values));
+  float* rewards_out = dense.out(place.out(args.rewards));
+  float* kl = dense.out(place.out(args.kl));
+  float* advantages = dense.out(place.out(args.gae.advantages));
+  float* returns = dense.out(place.out(args.gae.returns));
+  const ShapedRewards rewards = {logprobs,          ref_logprobs,          args.kl_coef,
+                                 args.kl_estimator, args.scores[sequence], dense.length(),
+                                 rewards_out,       kl};
+  dense_advantages<true>(rewards, values, dense.length(), bootstrap_of(args.gae, sequence),
+                         rates_of(args.gae.rates, sequence), advantages, returns, sums);
+  dense.finish();
+  double* moments = args.scratch + kMoments * sequence;
+  moments[0] = double(span.valid);
+  if (span.whole() || args.gae.masked == MaskedStep::skip) {
+    moments[1] = sum_of_lanes(sums.sum);
+    moments[2] = sum_of_lanes(sums.squares);
+  } else {  // the sums hold the steps of masked places too
+    const float* series = place.out(args.gae.advantages);
+    moments[1] = moments[2] = 0.0;
+    for (int64_t i = span.first; i < span.end; ++i) {
+      moments[1] += double(series[i]);
+      moments[2] += double(series[i]) * double(series[i]);
+    }
+  }
+}
+
+// 100 µs of work for one core: below it, waiting for a second one may cost more than it saves.
+int threads_for(int64_t tokens, int threads) { return tokens < 100000 ? 1 : threads; }
+
+int64_t tokens_of(const Sequences& sequences) {
+  return sequences.cu_seqlens ? sequences.cu_seqlens[sequences.count]
+                              : sequences.count * sequences.columns;
+}
+
+}  // namespace
+
+void gae(const Gae& args) {
+  const int threads = threads_for(tokens_of(args.sequences), args.threads);
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t i = 0; i < args.sequences.count; ++i) gae_sequence(args, i);
+}
+
+void rollout(const Rollout& args) {
+  const int threads = threads_for(tokens_of(args.gae.sequences), args.gae.threads);
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t i = 0; i < args.gae.sequences.count; ++i) rollout_sequence(args, i);
+  for (int64_t k = 0; k < kMoments; ++k) {
+    args.moments[k] = 0.0;
+    for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
+      args.moments[k] += args.scratch[kMoments * i + k];
+    }
+  }
+}
+
+void whiten(const Whiten& args) {
+  // The mean in two parts, so that it costs a small deviation no digits.
+  const float mean = float(args.mean), rest = float(args.mean - double(mean));
+  const float scale = float(args.scale), shift = float(args.shift);
+  const int threads = threads_for(args.rows * args.columns, args.threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const float* x = args.x.data + row * args.x.row_stride;
+    const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
+    float* out = args.out + row * args.columns;
+    for (int64_t i = 0; i < args.columns; ++i) {
+      out[i] = mask[i] ? (x[i] - mean - rest) * scale + shift : 0.0f;
+    }
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
