@@ -55,7 +55,7 @@ def gae(
     Args:
         rewards, values: [B, T], floating-point; [N] with cu_seqlens.
         mask: their shape, bool (or integers, 0 is masked). Masked positions may stand anywhere.
-        gamma, lam: the discount and the decay in [0, 1], or a tensor [B] of them.
+        gamma, lam: the discount and the decay in [0, 1]; numbers, or tensors [B].
         value_lam: the decay of the returns' own advantages, for a critic that learns from longer
             sums than the policy (VAPO, arXiv 2504.05118); None: lam.
         bootstrap_values: [B], the value after the last valid token; None: 0, the episode is over.
@@ -196,8 +196,10 @@ def _rates(
 ) -> tuple[GAEConfig, Tensor | None]:
     """The numbers, and where one of them is a tensor, all three of each sequence [B, 3]."""
     checks.one_of("masked", masked, MASKED_STEPS)
-    value_lam = lam if value_lam is None else value_lam
-    rates = [gamma, lam, value_lam]
+    rates = [
+        x.expand(sequences) if isinstance(x, Tensor) and x.dim() == 0 else x
+        for x in (gamma, lam, lam if value_lam is None else value_lam)
+    ]
     for name, value in zip(("gamma", "lam", "value_lam"), rates, strict=True):
         checks.rate(name, value, series, sequences)
     numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in rates]

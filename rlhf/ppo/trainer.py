@@ -43,7 +43,7 @@ from rlhf.ppo.update import run_epochs
 
 KEY_FIGURES = ("reward", "score", "kl", "entropy", "approx_kl", "clip_fraction", "eos_rate")
 # What the chosen backend must have; for the loss over tokens another takes its place.
-PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward", "gae_forward")
+PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward", "rollout_forward", "whiten")
 
 
 class PPOTrainer:

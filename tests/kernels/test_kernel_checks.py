@@ -54,7 +54,30 @@ def shaped(scores=X[:, 0], kl=X, mask=MASK, kl_coef=0.1):
     return kernels.shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
 
 
+def packed(cu_seqlens, series=X, **options):
+    cu_seqlens = torch.as_tensor(cu_seqlens)
+    return gae(*(x.flatten() for x in (series, X, MASK)), cu_seqlens=cu_seqlens, **options)
+
+
 VALUE_ERRORS = {
+    "rewards has shape (2, 3); expected 1 dimensions, [N], as cu_seqlens is": lambda: gae(
+        cu_seqlens=torch.tensor([0, 6])
+    ),
+    "cu_seqlens goes from 0 to 5; expected 0 to 6, the length of rewards": lambda: packed([0, 5]),
+    "cu_seqlens goes from 1 to 6; expected 0 to 6": lambda: packed([1, 6]),
+    "cu_seqlens holds 2 after 4 at index 2": lambda: packed([0, 4, 2, 6]),
+    "cu_seqlens has shape (); expected [B + 1]": lambda: packed(6),
+    "bootstrap_values has shape (2,); expected (1,), one a sequence": lambda: packed(
+        [0, 6], bootstrap_values=X[:, 0]
+    ),
+    "gamma holds 1.5 at row 1": lambda: gae(gamma=torch.tensor([0.5, 1.5])),
+    "value_lam is 2.0; expected a number in [0, 1]": lambda: gae(value_lam=2.0),
+    "lam has shape (3,); expected (2,), one a sequence": lambda: gae(lam=X[0].abs()),
+    "masked is 'jump'; choose one of skip, decay": lambda: rollout(masked="jump"),
+    "score_clip is -1.0; expected a positive": lambda: rollout(score_clip=-1.0),
+    "scores has shape (2,); expected (3,), one score a sequence": lambda: kernels.shaped_rewards(
+        X[:, 0], X[0], MASK[0], kl_coef=0.1, cu_seqlens=torch.tensor([0, 1, 2, 3])
+    ),
     "targets has shape (2, 2); expected (2, 3)": lambda: logprobs(targets=TARGETS[:, :2]),
     "logits has shape (2, 3, 0)": lambda: logprobs(LOGITS[..., :0]),
     "logits has shape ()": lambda: logprobs(torch.tensor(1.0), torch.tensor(0)),
@@ -123,6 +146,8 @@ VALUE_ERRORS = {
 }
 
 TYPE_ERRORS = {
+    "cu_seqlens has dtype torch.float32": lambda: packed([0.0, 6.0]),
+    "lam has dtype torch.int64": lambda: gae(lam=torch.tensor([1, 1])),
     "group is 'world'; expected a process group": lambda: linear(group="world"),
     "logits has dtype torch.int64": lambda: logprobs(LOGITS.long()),
     "targets has dtype torch.float32; expected integers": lambda: logprobs(targets=X),
@@ -163,6 +188,9 @@ def test_the_same_calls_without_the_mistake_work():
     logprobs(targets=ignored, temperature=BAD_TEMPERATURES)
     linear(targets=ignored, temperature=BAD_TEMPERATURES)
     ppo(**VALUES)
+    packed([0, 2, 2, 6])
+    for one, number in zip(gae(gamma=torch.tensor(0.5)), gae(gamma=0.5)):
+        assert torch.equal(one, number)
     ppo(values=X, returns=X, config=PPOLossConfig(value_clip_range=None))
     kernels.kl_penalty(X, X)
     kernels.masked_whiten(X, MASK.int())
