@@ -126,6 +126,12 @@ def test_a_turn_of_several_calls_counts_their_mean(clock: Clock) -> None:
     assert found.timing("a").median_ms == approx(2)
 
 
+def test_uncounted_calls_are_numbered_but_not_timed(clock: Clock) -> None:
+    slow_first = clock.variant("a", [50, 2, 50, 4])
+    found = compare("", [slow_first], turns=2, warmup=1, uncounted_calls=1)
+    assert found.samples == {"a": approx([2, 4])}
+
+
 def test_no_turn_begins_late_but_three_are_taken(clock: Clock) -> None:
     slow = clock.variant("a", [10] * 9)
     assert compare("", [slow], turns=9, warmup=1, seconds=0.005).timing("a").turns == 3

@@ -93,6 +93,7 @@ class Operation(ABC):
     primitive: str  # that the choice of a backend turns on
     passes: tuple[str, ...] = PASSES
     calls_per_turn = 1
+    uncounted_calls = 0  # at the beginning of each turn
     floor_moves_all = True  # the floors move, or compute, all that `work` counts
 
     @abstractmethod

@@ -67,6 +67,7 @@ def measure(
         turns=turns,
         warmup=warmup,
         calls_per_turn=operation.calls_per_turn,
+        uncounted_calls=operation.uncounted_calls,
         device=case.device,
         seconds=seconds,
     )

@@ -76,11 +76,13 @@ def compare(
     *,
     turns: int,
     calls_per_turn: int = 1,
+    uncounted_calls: int = 0,
     warmup: int = 2,
     device: str = "cpu",
     seconds: float | None = None,
 ) -> Comparison:
-    """Run the variants in turns. Small work repeats `calls_per_turn` times in each.
+    """Run the variants in turns. Small work repeats `calls_per_turn` times in each, after
+    `uncounted_calls` that are not timed.
 
     Each turn starts with another variant, and the calls are numbered through: who rotates buffers
     by that number never finds what the call before, its own or another variant's, left in a cache.
@@ -98,9 +100,12 @@ def compare(
         names = list(runs)
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
-            calls = range(number, number + calls_per_turn)
-            number += calls_per_turn
+            uncounted = range(number, number + uncounted_calls)
+            calls = range(uncounted.stop, uncounted.stop + calls_per_turn)
+            number = calls.stop
             try:
+                for call in uncounted:
+                    runs[name](call)
                 samples[name].append(_milliseconds(runs[name], calls, device))
             except Exception as error:
                 failures[name] = reason(error)
