@@ -32,8 +32,8 @@ BACKWARD = "backward"  # alone, on a graph that is kept; measured where a target
 class TokenLogprobs(Operation):
     name = "token_logprobs"
     primitive = "token_logprobs_forward"
-    # What a program freed seconds ago may have gone back to a virtual machine's host: the first touch
-    # of such memory takes several times as long, and whoever follows a slow variant would pay it.
+    # What a program freed seconds ago may have gone back to a virtual machine's host: the first
+    # touch of it takes several times as long, and whoever follows a slow variant would pay.
     uncounted_calls = 1
 
     def sizes(self, grid: Grid) -> Iterator[dict[str, int]]:
