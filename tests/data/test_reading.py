@@ -117,7 +117,11 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["rows.jsonl", "rows.csv.gz", "./rows", "../x", "~/rows", "a/b/c", "/rows", "a\\rows"]
 )
-def test_a_missing_file_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_file_is_not_looked_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # whatever stands beside the checkout
+
     def never(*_: Any, **__: Any) -> None:
         pytest.fail("asked the hub")
 
