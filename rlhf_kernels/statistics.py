@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
@@ -47,8 +48,8 @@ def masked_whiten(
         x: any shape, floating-point. mask: its shape, bool (or integers, 0 is masked).
         shift_mean: False adds the mean again: the scale changes, the mean stays.
         eps: added to the variance.
-        group: take the statistics over all ranks of this process group: sums and counts are
-            all-reduced, so every rank must call, whatever it holds.
+        group: take the statistics over all ranks of this process group: counts, means
+            and deviations are gathered, so every rank must call, whatever it holds.
         backend: see `rlhf_kernels.backends`.
 
     Returns:
@@ -65,10 +66,16 @@ def masked_whiten(
     return whiten(wide, mask, total, shift_mean, float(eps), backend)
 
 
-def over_ranks(total: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks of `group`, on all of them; in place."""
-    if group is not None:
-        import torch.distributed as dist
+def over_ranks(own: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The moments [3] of all ranks of `group` together, from those of each (Chan et al. 1979)."""
+    if group is None:
+        return own
+    import torch.distributed as dist
 
-        dist.all_reduce(total, group=group)
-    return total
+    ranks = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(ranks, own, group=group)
+    counts, means, squares = torch.stack(ranks).unbind(dim=1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp(min=1)
+    between = counts * (means - mean).square()
+    return torch.stack([count, mean, (squares + between).sum()])

@@ -104,30 +104,56 @@ struct ShapedRewards {
   }
 };
 
-struct Sums {
-  Doubles sum, squares;
-};
-
-template <bool kSums, class Rewards>
+template <class Rewards>
 void dense_advantages(const Rewards& rewards, const float* values, int64_t n, float bootstrap,
-                      const Rates& rates, float* advantages, float* returns, Sums& sums) {
+                      const Rates& rates, float* advantages, float* returns) {
   float next_value = bootstrap, next_advantage = 0.0f, next_of_return = 0.0f;
   for (int64_t start = n - kLanes; start > -kLanes; start -= kLanes) {
     const Floats value = load_back(values, start);
     const Floats next_values = shifted<1>(value, splat(next_value));
     const Floats delta = gae_delta(rewards(start), next_values, value, rates.gamma);
-    Floats advantage = rates.policy(delta, next_advantage);
+    const Floats advantage = rates.policy(delta, next_advantage);
     const Floats of_return = rates.same ? advantage : rates.value(delta, next_of_return);
     next_value = value[0], next_advantage = advantage[0], next_of_return = of_return[0];
     store_back(advantages, start, advantage);
     store_back(returns, start, of_return + value);
-    if (kSums) {
-      if (start < 0) advantage = load_back(advantages, start);  // 0 before the beginning
-      const Doubles wide = __builtin_convertvector(advantage, Doubles);
-      sums.sum += wide;
-      sums.squares += wide * wide;
-    }
   }
+}
+
+struct Moments {
+  double count = 0.0, mean = 0.0, squares = 0.0;
+
+  // Those of both together (Chan et al. 1979).
+  void add(const Moments& other) {
+    const double both = count + other.count;
+    if (other.count == 0.0) return;
+    const double distance = other.mean - mean;
+    mean += distance * other.count / both;
+    squares += other.squares + distance * distance * count * other.count / both;
+    count = both;
+  }
+};
+
+// The mean first: deviations, rather than squares, keep a small variance exact.
+Moments moments_of(const float* x, int64_t n) {
+  Moments found = {double(n)};
+  const int64_t whole = n / kLanes * kLanes;
+  Doubles sum = {}, squares = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    sum += __builtin_convertvector(load<Float32>(x + i), Doubles);
+  }
+  double total = sum_of_lanes(sum);
+  for (int64_t i = whole; i < n; ++i) total += double(x[i]);
+  found.mean = n ? total / double(n) : 0.0;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Doubles deviation = __builtin_convertvector(load<Float32>(x + i), Doubles) - found.mean;
+    squares += deviation * deviation;
+  }
+  found.squares = sum_of_lanes(squares);
+  for (int64_t i = whole; i < n; ++i) {
+    found.squares += (double(x[i]) - found.mean) * (double(x[i]) - found.mean);
+  }
+  return found;
 }
 
 // The places of one sequence that take a step: from the first valid one to the last.
@@ -245,22 +271,20 @@ void gae_sequence(const Gae& args, int64_t sequence) {
   const Place place = {args.sequences, sequence};
   const int64_t n = place.length();
   Dense dense(span_of(place.in(args.mask), n), args.masked, n);
-  Sums unused = {};
   const GivenRewards rewards = {dense.in(place.in(args.rewards))};
   const float* values = dense.in(place.in(args.values));
   float* advantages = dense.out(place.out(args.advantages));
   float* returns = dense.out(place.out(args.returns));
-  dense_advantages<false>(rewards, values, dense.length(), bootstrap_of(args, sequence),
-                          rates_of(args.rates, sequence), advantages, returns, unused);
+  dense_advantages(rewards, values, dense.length(), bootstrap_of(args, sequence),
+                   rates_of(args.rates, sequence), advantages, returns);
   dense.finish();
 }
 
-void rollout_sequence(const Rollout& args, int64_t sequence) {
+Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   const Place place = {args.gae.sequences, sequence};
   const int64_t n = place.length();
   const Span span = span_of(place.in(args.gae.mask), n);
   Dense dense(span, args.gae.masked, n);
-  Sums sums = {};
   const float* logprobs = dense.in(place.in(args.logprobs));
   const float* ref_logprobs = dense.in(place.in(args.ref_logprobs));
   const float* values = dense.in(place.in(args.gae.values));
@@ -271,22 +295,19 @@ void rollout_sequence(const Rollout& args, int64_t sequence) {
   const ShapedRewards rewards = {logprobs,          ref_logprobs,          args.kl_coef,
                                  args.kl_estimator, args.scores[sequence], dense.length(),
                                  rewards_out,       kl};
-  dense_advantages<true>(rewards, values, dense.length(), bootstrap_of(args.gae, sequence),
-                         rates_of(args.gae.rates, sequence), advantages, returns, sums);
+  dense_advantages(rewards, values, dense.length(), bootstrap_of(args.gae, sequence),
+                   rates_of(args.gae.rates, sequence), advantages, returns);
   dense.finish();
-  double* moments = args.scratch + kMoments * sequence;
-  moments[0] = double(span.valid);
-  if (span.whole() || args.gae.masked == MaskedStep::skip) {
-    moments[1] = sum_of_lanes(sums.sum);
-    moments[2] = sum_of_lanes(sums.squares);
-  } else {  // the sums hold the steps of masked places too
+  if (!span.whole() && args.gae.masked == MaskedStep::decay) {
+    // The dense series has the steps of masked places too.
     const float* series = place.out(args.gae.advantages);
-    moments[1] = moments[2] = 0.0;
+    std::vector<float> valid;
     for (int64_t i = span.first; i < span.end; ++i) {
-      moments[1] += double(series[i]);
-      moments[2] += double(series[i]) * double(series[i]);
+      if (span.mask[i]) valid.push_back(series[i]);
     }
+    return moments_of(valid.data(), span.valid);
   }
+  return moments_of(advantages, span.valid);
 }
 
 // 100 µs of work for one core: below it, waiting for a second one may cost more than it saves.
@@ -308,13 +329,17 @@ void gae(const Gae& args) {
 void rollout(const Rollout& args) {
   const int threads = threads_for(tokens_of(args.gae.sequences), args.gae.threads);
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-  for (int64_t i = 0; i < args.gae.sequences.count; ++i) rollout_sequence(args, i);
-  for (int64_t k = 0; k < kMoments; ++k) {
-    args.moments[k] = 0.0;
-    for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
-      args.moments[k] += args.scratch[kMoments * i + k];
-    }
+  for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
+    const Moments own = rollout_sequence(args, i);
+    double* scratch = args.scratch + kMoments * i;
+    scratch[0] = own.count, scratch[1] = own.mean, scratch[2] = own.squares;
   }
+  Moments total;
+  for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
+    const double* own = args.scratch + kMoments * i;
+    total.add({own[0], own[1], own[2]});
+  }
+  args.moments[0] = total.count, args.moments[1] = total.mean, args.moments[2] = total.squares;
 }
 
 void whiten(const Whiten& args) {

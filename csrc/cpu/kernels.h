@@ -89,7 +89,7 @@ struct Gae {
 
 enum class KlEstimator : int { k1, k2, k3, abs };
 
-constexpr int64_t kMoments = 3;  // number, sum, sum of squares
+constexpr int64_t kMoments = 3;  // number, mean, sum of squared deviations
 
 struct Rollout {
   Gae gae;              // its rewards are not read

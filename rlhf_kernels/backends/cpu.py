@@ -221,7 +221,7 @@ def rollout_forward(
     config: GAEConfig,
     rates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Advantages, returns, rewards, KL, and number, sum and sum of squares of the advantages."""
+    """Advantages, returns, rewards, KL, and the advantages' `moments`."""
     outputs = [torch.empty(values.shape, dtype=torch.float32) for _ in range(4)]
     moments = torch.empty(3, dtype=torch.float64)
     scores = _vector(scores)

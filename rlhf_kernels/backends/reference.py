@@ -253,20 +253,23 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None) -> T
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Number, sum and sum of squares [3] of the valid places, which add up over ranks.
+    """Number, mean, and sum of squared deviations [3] of the valid places, in float64.
 
-    In float64, where a count does not stop at 2^24, and squares of float32 numbers keep the digits
-    that their difference needs. (MPS has no float64.)
+    A float32 count would stop at 2^24. Deviations, rather than squares, keep small variances exact.
+    (MPS has no float64.)
     """
     wide = x.dtype if x.device.type == "mps" else torch.float64
-    x = torch.where(mask, x, 0.0).to(wide)
-    return torch.stack([mask.sum(dtype=wide), x.sum(), x.square().sum()])
+    count = mask.sum(dtype=wide)
+    mean = torch.where(mask, x, 0.0).sum(dtype=wide) / count.clamp(min=1)
+    deviations = torch.where(mask, x.to(wide) - mean, 0.0)
+    return torch.stack([count, mean, deviations.square().sum()])
 
 
 def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float) -> Tensor:
     """(x − mean)/sqrt(var + eps) by the moments of all ranks."""
     mean, variance = mean_and_variance(total)
-    centred = torch.where(mask, x - mean, 0.0)
+    # In the moments' type: the mean rounded to float32 may be a deviation away.
+    centred = torch.where(mask, x.to(total.dtype) - mean, 0.0)
     whitened = centred / (variance + eps).sqrt()
     if not shift_mean:
         whitened = torch.where(mask, whitened + mean, 0.0)
@@ -275,9 +278,8 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
 
 def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
     """Of `moments`; 0 without valid places. The variance is that of the population."""
-    count = total[0].clamp(min=1)
-    mean = total[1] / count
-    return mean, (total[2] / count - mean.square()).clamp(min=0)
+    count, mean, squares = total.unbind()
+    return mean, squares / count.clamp(min=1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -258,6 +258,21 @@ def test_rollout_is_its_parts(backend, masked):
     close(result.advantage_std, advantages[mask].std(correction=0), atol)
 
 
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+def test_a_small_deviation_beside_a_large_mean(backend, masked):
+    """Sums of squares would lose it: 1e6 squared has no digits left for 0.1 squared."""
+    mask = random_mask(9, 50)
+    noise = 0.1 * normal(9, 50, seed=1)
+    zeros = torch.zeros(9, 50)
+    options = {"kl_coef": -1.0, "gamma": 0.0, "masked": masked, "backend": backend}
+    # With γ = 0 the advantages are the rewards, and those the log-ratios.
+    result = rollout_advantages(zeros[:, 0], 1e6 + noise, zeros, zeros, mask, **options)
+    exact = (1e6 + noise)[mask].double()
+    close(result.advantage_std, exact.std(correction=0), 8 * EPS)
+    whitened = (exact - exact.mean()) / exact.std(correction=0)
+    close(result.advantages[mask], whitened, 16 * EPS * float(whitened.abs().max()))
+
+
 def test_scores_are_whitened_then_clipped(backend):
     mask = torch.ones(5, 3, dtype=torch.bool)
     mask[2] = False  # without a token, so its score does not count
