@@ -238,22 +238,37 @@ def openrlhf_aggregate(terms: Array, mask: Array, token_level: bool = True) -> f
     return verl_aggregate(terms, mask, "token-mean" if token_level else "seq-mean-token-mean")
 
 
-# What corrects for another policy having sampled: log_ratio = old_logprob − rollout_logprob.
+# What corrects for another engine having sampled: log_ratio = old_logprob − rollout_logprob.
 
 
-def verl_importance_weight(log_ratio: float, upper: float = 2.0) -> float:
-    """`rollout_is: token`, truncated."""
-    return min(math.exp(clip(log_ratio, -20.0, 20.0)), upper)
+def verl_importance_weights(
+    log_ratios: Array, mask: Array, per_sequence: bool = False, upper: float = 2.0
+) -> Array:
+    """`rollout_is`, truncated: of each token, or of all tokens of a sequence together."""
+    result = np.zeros(mask.shape)
+    for b, row in enumerate(mask):
+        for t in np.flatnonzero(row):
+            exponent = log_ratios[b, row].sum() if per_sequence else log_ratios[b, t]
+            result[b, t] = min(math.exp(clip(exponent, -20.0, 20.0)), upper)
+    return result
 
 
 def openrlhf_importance_weight(
     log_ratio: float, mode: str = "mask", low: float = 0.5, high: float = 5.0
 ) -> float:
-    """`is_correction_level: token`; "mask" drops a token outside of the band, "clip" bounds it."""
+    """`is_correction_level: token`; "mask" drops a token outside of the band, "clip" bounds it.
+
+    With "mask" it is verl's IcePop too, a `rollout_is_threshold` of two numbers.
+    """
     weight = math.exp(log_ratio)
     if mode == "clip":
         return clip(weight, low, high)
     return weight if low <= weight <= high else 0.0
+
+
+def openrlhf_unbiased_slope(r: float, d: float) -> float:
+    """Of one token's KL term with `unbiased_gradient`; where d is 0, that of verl's "k3+"."""
+    return min(math.exp(d), 10.0) * r
 
 
 def slopes(loss: Callable[[Array], float], at: Array, mask: Array, step: float = 1e-6) -> Array:

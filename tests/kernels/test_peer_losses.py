@@ -16,7 +16,7 @@ from kernel_cases import EPS, backends_for, close, masks, normal
 from test_peer_formulas import SEEDS, flags, lengths_within
 from torch import Tensor
 
-from rlhf_kernels import PPOLossConfig, ppo_loss
+from rlhf_kernels import PPOLossConfig, kl_penalty, masked_mean, ppo_loss
 
 pytestmark = pytest.mark.parametrize("backend", backends_for("ppo_loss_forward"))
 
@@ -326,3 +326,131 @@ def test_unbounded_log_ratios(backend):
     loss, _ = ppo_loss(*(x[name] for name in OF_POLICY), mask, config=dual, backend=backend)
     terms = policy_terms(peers.verl_policy, x, mask)
     close(loss, terms.mean(), tolerance(terms, mask))
+
+
+# Importance weights: q = old_logprob − rollout_logprob
+
+
+@given(mask=masks(), per_sequence=st.booleans(), seed=SEEDS)
+def test_verl_rollout_correction(backend, mask, per_sequence, seed):
+    assume(mask.any())
+    x, q = inputs(*mask.shape, seed=seed), normal(*mask.shape, seed=seed + 9)
+    exponents = q.where(mask, 0.0).sum(dim=1, keepdim=True) if per_sequence else q
+    weights = exponents.clamp(-20, 20).exp().clamp(max=2.0).expand_as(q)
+    expected = peers.verl_importance_weights(array(q), flags(mask), per_sequence)
+    check_weighted(x, mask, weights, expected, peers.verl_policy, 3.0, backend)
+
+
+@pytest.mark.parametrize("mode", ["mask", "clip"])
+@given(mask=masks(), seed=SEEDS)
+def test_openrlhf_correction(backend, mode, mask, seed):
+    assume(mask.any())
+    x, q = inputs(*mask.shape, seed=seed), normal(*mask.shape, seed=seed + 9)
+    weights = q.exp()
+    if mode == "clip":
+        weights = weights.clamp(0.5, 5.0)
+    else:
+        weights = weights.where((weights >= 0.5) & (weights <= 5.0), 0.0)
+    expected = peers.per_token(
+        lambda q: peers.openrlhf_importance_weight(q, mode), flags(mask), array(q)
+    )
+    check_weighted(x, mask, weights, expected, peers.openrlhf_policy, None, backend)
+
+
+def check_weighted(x, mask, weights, exact, formula, dual_clip, backend):
+    def policy(x: Series) -> float:
+        return peers.trl_aggregate(exact * policy_terms(formula, x, mask), flags(mask))
+
+    ours = leaves(x)
+    series = [ours[name] for name in OF_POLICY]
+    options = {"config": PPOLossConfig(dual_clip=dual_clip), "backend": backend}
+    loss, _ = ppo_loss(*series, mask, importance_weights=weights, **options)
+    loss.backward()
+    close(loss, policy(x), tolerance(exact * policy_terms(formula, x, mask), mask))
+    check_gradient(ours["logprobs"].grad, policy, "logprobs", x, mask)
+
+
+# The KL divergence to the reference in the loss
+
+IN_LOSS = [
+    (peers.verl_kl, "kl", "k1"),
+    (peers.verl_kl, "mse", "k2"),
+    (peers.verl_kl, "low_var_kl", "k3"),
+    (peers.openrlhf_kl, "k1", "k1"),
+    (peers.openrlhf_kl, "k2", "k2"),
+    (peers.openrlhf_kl, "k3", "k3"),
+]
+
+
+def kl_alone(
+    x: Series, reference: Tensor, mask: Tensor, backend: str, **options: float | str
+) -> Tensor:
+    """Without advantages nothing else is left of the loss."""
+    config = PPOLossConfig(**options)
+    series = x["logprobs"], x["old_logprobs"], torch.zeros_like(reference)
+    return ppo_loss(*series, mask, ref_logprobs=reference, config=config, backend=backend)[0]
+
+
+@pytest.mark.parametrize(("formula", "kind", "estimator"), IN_LOSS)
+@given(mask=masks(), mode=st.sampled_from(SHARED_MODES), seed=SEEDS)
+def test_kl_losses(backend, formula, kind, estimator, mask, mode, seed):
+    """Where they are not bounded, at |r| ≤ 2. In OpenRLHF the mode is always token-mean."""
+    assume(mask.any())
+    x = inputs(*mask.shape, seed=seed)
+    reference = x["logprobs"] - normal(*mask.shape, seed=seed + 9).clamp(-2.0, 2.0)
+
+    def kl(x: Series) -> np.ndarray:
+        r = array(x["logprobs"]) - array(reference)
+        return peers.per_token(lambda r: formula(kind, r), flags(mask), r)
+
+    def loss(x: Series) -> float:
+        return 0.1 * peers.verl_aggregate(kl(x), flags(mask), mode)
+
+    ours = leaves(x)
+    options = {"kl_loss_coef": 0.1, "kl_loss_estimator": estimator, "aggregation": mode}
+    result = kl_alone(ours, reference, mask, backend, **options)
+    result.backward()
+    # r is a difference of numbers up to 8, which exp(2) carries on into each term and slope.
+    error = 0.1 * 16 * EPS * math.exp(2.0)
+    close(result, loss(x), error * peers.verl_aggregate(np.ones(mask.shape), flags(mask), mode))
+    expected = gradient(loss, "logprobs", x, mask)
+    close(ours["logprobs"].grad, expected, error + 1e-9 * (1 + abs(loss(x))))
+
+
+def test_the_kl_loss_is_not_bounded_here(backend):
+    """By how much: e⁴ − 5 for 10, and its slope for none; a clamp of `kl_penalty` bounds it."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    logprobs = torch.tensor([[-4.0, -1.0]]).requires_grad_()
+    x, reference = {"logprobs": logprobs, "old_logprobs": torch.zeros(1, 2)}, torch.zeros(1, 2)
+    free = kl_alone(x, reference, mask, backend, kl_loss_coef=1.0)
+    (slope,) = torch.autograd.grad(free, logprobs)
+    terms = [math.exp(4.0) - 5.0, math.exp(1.0) - 2.0]
+    close(free, sum(terms) / 2, 16 * EPS * sum(terms))
+    close(slope, [[(1 - math.exp(4.0)) / 2, (1 - math.exp(1.0)) / 2]], 16 * EPS * math.exp(4.0))
+
+    theirs = [peers.verl_kl("low_var_kl", r) for r in (-4.0, -1.0)]
+    assert theirs == [peers.openrlhf_kl("k3", r) for r in (-4.0, -1.0)] and theirs[0] == 10.0
+    bounded = masked_mean(kl_penalty(logprobs, reference, estimator="k3").clamp(max=10.0), mask)
+    (slope,) = torch.autograd.grad(bounded, logprobs)
+    close(bounded, sum(theirs) / 2, 16 * EPS * sum(theirs))
+    close(slope, [[0.0, (1 - math.exp(1.0)) / 2]], 16 * EPS * math.exp(1.0))
+
+
+@given(mask=masks(), seed=SEEDS)
+def test_unbiased_kl_gradients(backend, mask, seed):
+    """verl's "k3+" has the slope of k2; OpenRLHF's `unbiased_gradient` weighs it by min(ρ, 10)."""
+    assume(mask.any())
+    x, n = inputs(*mask.shape, seed=seed), int(mask.sum())
+    reference = normal(*mask.shape, seed=seed + 9)
+    r = array(x["logprobs"]) - array(reference)
+    ours = leaves(x)
+    kl_alone(ours, reference, mask, backend, kl_loss_coef=1.0, kl_loss_estimator="k2").backward()
+    of_verl = peers.per_token(lambda r: peers.openrlhf_unbiased_slope(r, 0.0), flags(mask), r)
+    close(ours["logprobs"].grad, of_verl / n, 32 * EPS * 8 / n)
+
+    d = array(x["logprobs"]) - array(x["old_logprobs"])
+    of_openrlhf = peers.per_token(peers.openrlhf_unbiased_slope, flags(mask), r, d)
+    leaf = x["logprobs"].clone().requires_grad_()
+    weights = (x["logprobs"] - x["old_logprobs"]).exp().clamp(max=10.0)
+    masked_mean(weights * kl_penalty(leaf, reference, estimator="k2"), mask).backward()
+    close(leaf.grad, of_openrlhf / n, 32 * EPS * 80 / n)
