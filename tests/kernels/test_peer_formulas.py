@@ -111,6 +111,7 @@ def test_masked_places_hold_zero_here(backend):
     assert of_verl[1].tolist() == [[1.375, 1.375, 1.0, 1.0, 0.5]]
     # Steps: δ = 0.25 before, 0.5 (no value follows), 0.25, 0.5, 0.
     assert of_openrlhf[0].tolist() == [[0.3984375, 0.59375, 0.375, 0.5, 0.0]]
+    assert of_openrlhf[1].tolist() == [[0.3984375, 1.09375, 0.375, 1.0, 0.0]]
     for masked, expected in (("skip", of_verl), ("decay", of_openrlhf)):
         result = gae(rewards, values, mask, gamma=0.5, lam=0.5, masked=masked, backend=backend)
         for actual, wanted in zip(result, expected):

@@ -328,6 +328,15 @@ def test_unbounded_log_ratios(backend):
     close(loss, terms.mean(), tolerance(terms, mask))
 
 
+def test_a_ratio_that_overflows_beside_an_advantage_of_zero(backend):
+    """0·∞ in float32, as in TRL; a bounded log-ratio has none."""
+    x, mask = far_apart()
+    old, none = x["old_logprobs"], torch.zeros(1, 5)
+    assert ppo_loss(old + 100.0, old, none, mask, backend=backend)[0].isnan()
+    bounded = old + torch.full((1, 5), 100.0).clamp(-20.0, 20.0)
+    assert ppo_loss(bounded, old, none, mask, backend=backend)[0] == 0
+
+
 # Importance weights: q = old_logprob − rollout_logprob
 
 
