@@ -16,6 +16,10 @@ import numpy as np
 Array = np.ndarray
 
 
+def clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
 def advantages_of(rewards: list[float], values: list[float], gamma: float, lam: float) -> Array:
     """A_i = Σ_k (γλ)^k δ_{i+k} over the steps given; after the last one the value is 0."""
     following = [*values[1:], 0.0]
@@ -121,8 +125,8 @@ def openrlhf_normalize(x: Array, mask: Array, no_std_norm: bool = False) -> Arra
 
 def verl_kl(kind: str, r: float) -> float:
     if kind == "low_var_kl":
-        bounded = min(max(-r, -20.0), 20.0)
-        return min(max(math.exp(bounded) - bounded - 1.0, -10.0), 10.0)
+        bounded = clip(-r, -20.0, 20.0)
+        return clip(math.exp(bounded) - bounded - 1.0, -10.0, 10.0)
     return {"kl": r, "abs": abs(r), "mse": 0.5 * r * r}[kind]
 
 
@@ -133,7 +137,7 @@ def openrlhf_kl(kind: str, r: float) -> float:
         value = math.exp(-bounded) - 1.0 + bounded
     else:
         value = {"k1": r, "k2": r * r / 2.0}[kind]
-    return min(max(value, -10.0), 10.0)
+    return clip(value, -10.0, 10.0)
 
 
 def trl_kl(kind: str, r: float) -> float:
@@ -162,15 +166,11 @@ def openrlhf_rewards(
     rewards = -max(kl_coef, 0.0) * kl
     for b, row in enumerate(mask):
         last = np.flatnonzero(row)[-1] if row.any() else row.size - 1
-        rewards[b, last] += min(max(scores[b], clip_range[0]), clip_range[1])
+        rewards[b, last] += clip(scores[b], *clip_range)
     return rewards
 
 
 # Losses of one token: d = logprob − old_logprob, a its advantage.
-
-
-def clip(x: float, low: float, high: float) -> float:
-    return min(max(x, low), high)
 
 
 def trl_policy(d: float, a: float, eps: float = 0.2) -> float:

@@ -328,6 +328,21 @@ def test_unbounded_log_ratios(backend):
     close(loss, terms.mean(), tolerance(terms, mask))
 
 
+@pytest.mark.parametrize("formula", [peers.verl_policy, peers.openrlhf_policy])
+def test_vanishing_ratios(backend, formula):
+    """By how much: e⁻²⁵ for e⁻²⁰, and its slope for none."""
+    mask, new = torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), -25.0, requires_grad=True)
+    old, one = torch.zeros(1, 1), torch.ones(1, 1)
+    loss, _ = ppo_loss(new, old, one, mask, backend=backend)
+    (slope,) = torch.autograd.grad(loss, new)
+    close(loss, -math.exp(-25.0), 32 * EPS * math.exp(-25.0))
+    close(slope, [[-math.exp(-25.0)]], 32 * EPS * math.exp(-25.0))
+    loss, _ = ppo_loss(new.clamp(-20.0, 20.0), old, one, mask, backend=backend)
+    (slope,) = torch.autograd.grad(loss, new)
+    close(loss, formula(-25.0, 1.0), 32 * EPS * math.exp(-20.0))
+    assert slope == 0
+
+
 def test_a_ratio_that_overflows_beside_an_advantage_of_zero(backend):
     """0·∞ in float32, as in TRL; a bounded log-ratio has none."""
     x, mask = far_apart()
