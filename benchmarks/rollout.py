@@ -1,4 +1,4 @@
-"""The figures that the rollout and loss kernels must reach, on a CPU and, where there is one, on a GPU.
+"""The figures that the rollout and loss kernels must reach, on a CPU and, if there is one, a GPU.
 
     python -m benchmarks.rollout [--device cpu|cuda] [--quick] [--output PATH]
 
@@ -69,8 +69,8 @@ def on_gpu(session: Session) -> None:
             1.2,
         )
         session.targets.append(share)
-    others = (EAGER, COMPILED, *VERL)
-    result, own, _ = session.measure("ppo_loss", BOTH, TRAINING, turns=30, others=others)
+    rivals = (EAGER, COMPILED, *VERL)
+    result, own, _ = session.measure("ppo_loss", BOTH, TRAINING, turns=30, others=rivals)
     what = title("ppo_loss forward+backward", TRAINING)
     session.targets.append(at_least(f"{what}: torch.compile / ours", result, COMPILED, own, 1.0))
 

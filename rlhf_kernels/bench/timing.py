@@ -159,13 +159,11 @@ def _milliseconds(run: Run, calls: range, device: str) -> float:
     """A call's time, in the mean over the calls of one turn; a long one is called once."""
     if device == "cuda":
         return _cuda_milliseconds(run, calls)
-    start, seconds = time.perf_counter(), 0.0
-    for count, call in enumerate(calls, start=1):
-        run(call)
-        seconds = time.perf_counter() - start
-        if seconds > _LONG:
-            break
-    return seconds / count * 1e3
+    start, seconds, done = time.perf_counter(), 0.0, 0
+    while done < len(calls) and seconds < _LONG:
+        run(calls[done])
+        seconds, done = time.perf_counter() - start, done + 1
+    return seconds / done * 1e3
 
 
 def _cuda_milliseconds(run: Run, calls: range) -> float:

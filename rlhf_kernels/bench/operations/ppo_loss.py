@@ -37,28 +37,33 @@ class PPOLoss(SequenceOperation):
         leaves = [logprobs, values, entropy]
         config = rk.PPOLossConfig()
         rest = (old_logprobs, advantages, mask, values, old_values, returns, entropy, config)
+        first = (logprobs, old_logprobs, advantages, mask)
         given = {"values": values, "old_values": old_values, "returns": returns}
-        given |= {"entropy": entropy, "config": config}
 
         def both(loss: Callable[[], Any]) -> Callable[[], Any]:
             return lambda: gradients(loss(), None, leaves)
 
         def through(backend: str) -> Callable[[], Any]:
-            first = (logprobs, old_logprobs, advantages, mask)
-            return both(lambda: rk.ppo_loss(*first, **given, backend=backend))
+            return both(
+                lambda: rk.ppo_loss(
+                    *first, **given, entropy=entropy, config=config, backend=backend
+                )
+            )
 
         def plain(function: Callable[..., Any]) -> Callable[[], Any]:
             return both(lambda: function(logprobs, *rest))
 
         plan = Plan()
+
+        def add(name: str, function: Callable[..., Any]) -> None:
+            run = plain(function)
+            plan.add(name, lambda _: run())
+
         self.add_ours(plan, case, through)
         self.add_peers(plan, case, plain)
-        for name, function in (
-            ("eager", formulas.ppo_loss),
-            ("eager, no statistics", formulas.ppo_loss_only),
-            ("torch.compile", compiled(formulas.ppo_loss)),
-        ):
-            plan.add(name, lambda _, run=plain(function): run())
+        add("eager", formulas.ppo_loss)
+        add("eager, no statistics", formulas.ppo_loss_only)
+        add("torch.compile", compiled(formulas.ppo_loss))
         inputs = [logprobs, old_logprobs, advantages, values, old_values, returns, entropy]
         self.add_copy(plan, [*inputs, mask, *(torch.zeros_like(x) for x in leaves)])
         return plan

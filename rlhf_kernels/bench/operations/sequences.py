@@ -39,8 +39,7 @@ class SequenceOperation(Operation):
         """A variant for each backend of the machine; `call` makes it from the backend's name."""
         for backend, reason in self.backends(case).items():
             if reason is None:
-                run = call(backend)
-                plan.add(ours(backend), lambda _, run=run: run())
+                _add(plan, ours(backend), call(backend))
             else:
                 plan.missing[ours(backend)] = reason
 
@@ -49,8 +48,7 @@ class SequenceOperation(Operation):
         offers, missing = peers.offers(self.name, case.device)
         plan.missing |= missing
         for offer in offers:
-            run = adapt(offer.function)
-            plan.add(offer.label, lambda _, run=run: run(), comparable=offer.comparable)
+            _add(plan, offer.label, adapt(offer.function), offer.comparable)
 
     def add_copy(self, plan: Plan, tensors: list[Tensor]) -> None:
         """Each into a buffer of its own that is kept."""
@@ -59,6 +57,10 @@ class SequenceOperation(Operation):
         if tensors[0].device.type == "cuda":
             one = torch.zeros(1, device=tensors[0].device)
             plan.add(LAUNCH, lambda _: one.zero_(), floor=True)
+
+
+def _add(plan: Plan, name: str, run: Callable[[], Any], comparable: bool = True) -> None:
+    plan.add(name, lambda _: run(), comparable=comparable)
 
 
 def normal(case: Case) -> Tensor:

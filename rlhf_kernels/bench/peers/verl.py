@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ OPERATIONS = frozenset({"gae", "rollout_advantages", "ppo_loss"})
 
 def offers() -> dict[str, list[Offer]]:
     from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+    @functools.cache
+    def settings(clip: float) -> Any:
+        return ActorConfig(
+            strategy="fsdp",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=1,
+            clip_ratio=clip,
+            clip_ratio_low=clip,
+            clip_ratio_high=clip,
+        )
 
     # Its advantages come whitened, so `gae` does more there than here.
     def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> Any:
@@ -48,8 +61,8 @@ def offers() -> dict[str, list[Offer]]:
         entropy: Tensor,
         config: PPOLossConfig,
     ) -> Tensor:
-        policy, *_ = core_algos.compute_policy_loss(
-            old_logprobs, logprobs, advantages, mask, cliprange=config.clip_range
+        policy, _ = core_algos.compute_policy_loss_vanilla(
+            old_logprobs, logprobs, advantages, mask, config=settings(config.clip_range)
         )
         value, _ = core_algos.compute_value_loss(
             values, returns, old_values, mask, cliprange_value=config.value_clip_range
@@ -59,6 +72,7 @@ def offers() -> dict[str, list[Offer]]:
 
     return {
         "gae": [Offer("verl gae, whitened", torch.no_grad()(gae), comparable=False)],
-        "rollout_advantages": [Offer("verl", torch.no_grad()(rollout))],
+        # It leaves numbers at masked places.
+        "rollout_advantages": [Offer("verl", torch.no_grad()(rollout), comparable=False)],
         "ppo_loss": [Offer("verl", ppo_loss)],
     }
