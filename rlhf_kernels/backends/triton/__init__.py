@@ -11,6 +11,7 @@ import triton
 
 from rlhf_kernels.backends.triton import token_logprobs as row_kernels
 from rlhf_kernels.backends.triton.launch_advantages import gae_forward, rollout_forward
+from rlhf_kernels.backends.triton.launch_ppo_loss import ppo_loss_forward
 from rlhf_kernels.backends.triton.launch_token_logprobs import (
     token_logprobs_backward,
     token_logprobs_forward,
@@ -26,6 +27,7 @@ PRIMITIVES = frozenset(
         "rollout_forward",
         "moments",
         "whiten",
+        "ppo_loss_forward",
     }
 )
 __all__ = ["NAME", "PRIMITIVES", "availability", "describe", *PRIMITIVES]

@@ -103,7 +103,7 @@ def _is_valid(mask, t, end):
 def _rewards(row, t, valid, ESTIMATOR: tl.constexpr):
     """(reward, KL estimate): given, or the penalty and at the last valid place the score."""
     logprobs, ref_logprobs, scores, kl_coef, rewards, _, _, _, end = row
-    if ref_logprobs is None:
+    if ESTIMATOR is None:
         reward = tl.load(rewards + t, mask=valid, other=0.0)
         return reward, reward
     else:
@@ -152,7 +152,7 @@ def _store_map(to, factor, term, BLOCK: tl.constexpr):
 def _through_maps(maps, number):
     """What follows the block behind which `number` blocks stand."""
     following = 0.0
-    for block in tl.range(0, number, loop_unroll_factor=8):
+    for block in range(0, number):
         factor = tl.load(maps + block * MAP)
         following = tl.fma(factor, following, tl.load(maps + block * MAP + 1))
     return following
@@ -171,9 +171,7 @@ def _work(most_blocks, STAGE: tl.constexpr):
 
 @triton.jit
 def _row(x, stride, cu_seqlens, sequence, begin):
-    if x is None:
-        return x
-    elif cu_seqlens is None:
+    if cu_seqlens is None:
         return x + sequence * stride
     else:
         return x + begin
@@ -219,22 +217,23 @@ def advantages_kernel(
 ):
     """Grid: (B,) to WALK, else (B · most_blocks,).
 
-    Without ref_logprobs the rewards are given, and neither KL nor moments are written. With them,
-    rewards are an output. SAME: returns are made of the advantages.
+    Without an ESTIMATOR of the KL divergence the rewards are given, and neither KL nor moments are
+    written; else rewards are an output. SAME: returns are made of the advantages.
     """
     sequence, first, last = _work(most_blocks, STAGE)
     begin, length = _bounds(cu_seqlens, columns, sequence)
-    logprobs = _row(logprobs, logprobs_stride, cu_seqlens, sequence, begin)
-    ref_logprobs = _row(ref_logprobs, ref_stride, cu_seqlens, sequence, begin)
     values = _row(values, values_stride, cu_seqlens, sequence, begin)
     mask = _row(mask, mask_stride, cu_seqlens, sequence, begin)
-    ROLLOUT: tl.constexpr = ref_logprobs is not None
-    if ROLLOUT:
-        rewards += begin
-        kl += begin
-        scores += sequence
-    else:
+    if ESTIMATOR is None:
         rewards = _row(rewards, rewards_stride, cu_seqlens, sequence, begin)
+        # Not read, but a tuple cannot hold None.
+        logprobs = rewards
+        ref_logprobs = rewards
+        scores = rewards
+    else:
+        logprobs = _row(logprobs, logprobs_stride, cu_seqlens, sequence, begin)
+        ref_logprobs = _row(ref_logprobs, ref_stride, cu_seqlens, sequence, begin)
+        scores += sequence
     if rates is not None:
         gamma = tl.load(rates + 3 * sequence)
         lam = tl.load(rates + 3 * sequence + 1)
@@ -281,7 +280,7 @@ def advantages_kernel(
             inside = (t >= 0) & (t < length)
             _store(advantages + begin + t, advantage, valid, inside)
             _store(returns + begin + t, of_return + value, valid, inside)
-            if ROLLOUT:
-                _store(rewards + t, reward, valid, inside)
-                _store(kl + t, penalty, valid, inside)
+            if ESTIMATOR is not None:
+                _store(rewards + begin + t, reward, valid, inside)
+                _store(kl + begin + t, penalty, valid, inside)
                 store_moments(moments + (slot + block) * MOMENTS, advantage, valid)

@@ -51,6 +51,19 @@ def kl_estimate(r, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
+def kl_slope(r, ESTIMATOR: tl.constexpr):
+    """The derivative of `kl_estimate` by the log-probability."""
+    if ESTIMATOR == "k1":
+        return tl.full(r.shape, 1.0, tl.float32)
+    elif ESTIMATOR == "k2":
+        return r
+    else:
+        exp_r = exp(-r)
+        near = r - exp_minus_one_minus(-r, exp_r)
+        return tl.where((r > -0.5) & (r < 0.5), near, 1.0 - exp_r)
+
+
+@triton.jit
 def store_moments(to, x, valid):
     """The MOMENTS of a block's valid places, into four numbers at `to`."""
     count = tl.sum(valid.to(tl.float32))

@@ -93,7 +93,7 @@ def rollout_forward(
 _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("logprobs", "ref_logprobs", "scores", "kl", "moments", "maps")),
     **{"logprobs_stride": 0, "ref_stride": 0, "rewards_stride": 0, "kl_coef": 0.0},
-    "ESTIMATOR": "k1",
+    "ESTIMATOR": None,
 }
 
 

@@ -41,3 +41,9 @@ def as_rows(*series: Tensor) -> list[Tensor]:
         return [x.view(1, -1) for x in series]
     columns = series[0].shape[-1]
     return [x.reshape(-1, columns) for x in series]
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether each row of [rows, columns] begins on a boundary of 16 bytes, wherever it stands."""
+    one = x.shape[0] == 1
+    return x.data_ptr() % 16 == 0 and (one or (x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0))
