@@ -149,21 +149,22 @@ def _places(
 ) -> tuple[int, dict[str, Any]]:
     """The number of programs, and what says where each finds its tokens.
 
-    All tokens are one row where sequences do not matter and no series has gaps.
+    All tokens are one row where no series has gaps, unless packed sequences must be told apart.
     """
-    if not by_sequence:
-        cu_seqlens = None
-        present = dict(zip(present, as_rows(*present.values()), strict=True))
     some = present["mask"]
-    if cu_seqlens is None:
-        sequences, columns = some.shape
+    arguments: dict[str, Any] = {"cu_seqlens": cu_seqlens if by_sequence else None}
+    if arguments["cu_seqlens"] is None:
+        arguments["sequence_columns"] = max(some.shape[-1], 1)
+        present = dict(zip(present, as_rows(*present.values()), strict=True))
+        sequences, columns = present["mask"].shape
         blocks = triton.cdiv(columns, BLOCK)
         programs = sequences * blocks
+        arguments["ALIGNED"] = all(is_aligned(x) for x in present.values())
     else:
-        sequences, columns, blocks = cu_seqlens.numel() - 1, 0, 0
+        arguments["sequence_columns"] = 2**31 - 1
+        sequences, columns, blocks = len(arguments["cu_seqlens"]) - 1, 0, 0
         programs = some.numel() // BLOCK + sequences if some.numel() else 0
-    arguments: dict[str, Any] = dict(present)
+        arguments["ALIGNED"] = False
+    arguments |= {"sequences": sequences, "columns": columns, "blocks": blocks}
     arguments |= {f"{name}_stride": x.stride(0) for name, x in present.items()}
-    arguments |= {"cu_seqlens": cu_seqlens, "sequences": sequences, "columns": columns}
-    aligned = cu_seqlens is None and all(is_aligned(x) for x in present.values())
-    return programs, arguments | {"blocks": blocks, "ALIGNED": aligned}
+    return programs, present | arguments

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends.triton import token_logprobs as kernels
-from rlhf_kernels.backends.triton.tensors import processors, unit_columns, vector
+from rlhf_kernels.backends.triton.tensors import MOST_COLUMNS, processors, unit_columns, vector
 
 VECTOR_BYTES = 16
 # Four vectors in flight for each of a program's 128 threads.
@@ -19,8 +19,6 @@ NUM_WARPS = 4
 # A program holds little of a multiprocessor; fewer than this many leave its memory pipes idle.
 PROGRAMS_PER_PROCESSOR = 8
 MOST_PARTS = 64
-# Columns within a row are counted in 32 bits, one block past its end included.
-_MOST_COLUMNS = 2**31 - 2**16
 
 
 def parts_of_rows(rows: int, blocks: int, multiprocessors: int) -> int:
@@ -161,8 +159,8 @@ def _rows(x: Tensor) -> _Rows:
 
 def _check(logits: Tensor, targets: Tensor, ignore_index: int) -> None:
     checks.targets_in_range(targets, logits.shape[1], ignore_index)
-    if logits.shape[1] > _MOST_COLUMNS:
-        raise ValueError(f"logits has {logits.shape[1]} columns; the most are {_MOST_COLUMNS}")
+    if logits.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"logits has {logits.shape[1]} columns; the most are {MOST_COLUMNS}")
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -25,8 +25,8 @@ from rlhf_kernels.backends.triton.formulas import (
     total_moments,
 )
 
-# What a block leaves behind: sums over its valid tokens (the first four times the weight that the
-# aggregation gives the row), the largest ratio, the moments of returns and of their errors.
+# What a block leaves behind: sums over its valid tokens (the first four times the weights that the
+# aggregation gives them), the largest ratio, the moments of returns and of their errors.
 POLICY_LOSS, VALUE_LOSS = tl.constexpr(0), tl.constexpr(1)
 WEIGHTED_ENTROPY, WEIGHTED_REF_KL = tl.constexpr(2), tl.constexpr(3)
 ENTROPY, LOG_RATIO, K3, RATIO = (tl.constexpr(i) for i in range(4, 8))
@@ -118,10 +118,13 @@ def _store_sum(to, x):
 
 
 @triton.jit
-def _store_weighted(to, weight, x):
-    """A weight may be infinite only where nothing is valid, and then it does not count."""
-    total = tl.sum(x)
-    tl.store(to, tl.where(total == 0.0, 0.0, weight * total))
+def _weights(divisor, counts, sequence_columns, t, valid):
+    """What each token's loss is multiplied by before the sum; 0 at masked places."""
+    weight = tl.div_rn(1.0, tl.load(divisor))
+    if counts is not None:
+        count = tl.load(counts + t // sequence_columns, mask=valid, other=1)
+        weight = tl.div_rn(weight, count.to(tl.float32))
+    return tl.where(valid, weight, 0.0)
 
 
 @triton.jit
@@ -185,7 +188,7 @@ def _policy(
         slope *= importance
     # Masked places hold log-ratio 0 and advantage 0: every term is 0 there but the ratio.
     valid_ratio = tl.where(valid, ratio, 0.0)
-    _store_weighted(partial + POLICY_LOSS, weight, loss)
+    _store_sum(partial + POLICY_LOSS, weight * loss)
     _store_sum(partial + LOG_RATIO, log_ratio)
     _store_sum(partial + K3, exp_minus_one_minus(log_ratio, ratio))
     _store_sum(partial + RATIO, valid_ratio)
@@ -198,13 +201,13 @@ def _policy(
         r = logprob - _load(ref_logprobs, t, end, valid, WHOLE)
         kl = kl_estimate(r, ESTIMATOR)
         _store_sum(partial + REF_KL, kl)
-        _store_weighted(partial + WEIGHTED_REF_KL, weight, kl)
+        _store_sum(partial + WEIGHTED_REF_KL, weight * kl)
         _, _, _, _, _, _, kl_coef = numbers
         slope += kl_coef * kl_slope(r, ESTIMATOR)
     else:
         tl.store(partial + REF_KL, 0.0)
         tl.store(partial + WEIGHTED_REF_KL, 0.0)
-    return tl.where(valid, weight * slope, 0.0)
+    return weight * slope
 
 
 @triton.jit
@@ -227,11 +230,11 @@ def _value(
     if CLIP_VALUES:
         old_value = _load(old_values, t, end, valid, WHOLE)
     loss, slope, clipped = _value_terms(value, old_value, ret, limit, CLIP_VALUES)
-    _store_weighted(partial + VALUE_LOSS, weight, loss)
+    _store_sum(partial + VALUE_LOSS, weight * loss)
     _store_sum(partial + VALUE_CLIPPED, clipped)
     store_moments(partial + RETURNS, ret, valid)
     store_moments(partial + ERRORS, ret - value, valid)
-    return tl.where(valid, value_coef * weight * slope, 0.0)
+    return value_coef * weight * slope
 
 
 @triton.jit
@@ -243,7 +246,9 @@ def _tokens(
     outputs,
     t,
     end,
-    weight,
+    counts,
+    sequence_columns,
+    divisor,
     numbers,
     partial,
     VALUES: tl.constexpr,
@@ -260,6 +265,7 @@ def _tokens(
         valid = tl.load(mask + t) != 0
     else:
         valid = tl.load(mask + t, mask=t < end, other=0) != 0
+    weight = _weights(divisor, counts, sequence_columns, t, valid)
     block = (t, end, valid)
     grad = _policy(
         policy_series, block, weight, numbers, partial, REF, IMPORTANCE, ESTIMATOR, WHOLE
@@ -277,8 +283,8 @@ def _tokens(
         _, _, _, _, _, entropy_coef, _ = numbers
         x = _load(entropy, t, end, valid, WHOLE)
         _store_sum(partial + ENTROPY, x)
-        _store_weighted(partial + WEIGHTED_ENTROPY, weight, x)
-        _store(grad_entropy, t, end, tl.where(valid, -entropy_coef * weight, 0.0), WHOLE)
+        _store_sum(partial + WEIGHTED_ENTROPY, weight * x)
+        _store(grad_entropy, t, end, -entropy_coef * weight, WHOLE)
     else:
         tl.store(partial + ENTROPY, 0.0)
         tl.store(partial + WEIGHTED_ENTROPY, 0.0)
@@ -327,6 +333,7 @@ def _loss_kernel(
     sequences,
     columns,
     blocks,
+    sequence_columns,
     counts,
     divisor,
     low,
@@ -346,8 +353,9 @@ def _loss_kernel(
 ):
     """One block of a row, or of a packed sequence. Grid: (rows · blocks,), see `_sequence_of`.
 
-    counts: the valid tokens of each row, by which its weight is divided; or None. ALIGNED: rows
-    begin on boundaries of 16 bytes, in all tensors.
+    counts: the valid tokens of each sequence, by which the weight of its tokens is divided, or
+    None; a row holds one sequence, or several of sequence_columns places. ALIGNED: rows begin on
+    boundaries of 16 bytes, in all tensors.
     """
     program = tl.program_id(0)
     partials += program.to(tl.int64) * PARTIAL
@@ -361,10 +369,8 @@ def _loss_kernel(
         begin = tl.load(cu_seqlens + row)
         first = (program - (begin // BLOCK + row)).to(tl.int32) * BLOCK
         end = (tl.load(cu_seqlens + row + 1) - begin).to(tl.int32)
-    weight = tl.div_rn(1.0, tl.load(divisor))
     if counts is not None:
-        weight = tl.div_rn(weight, tl.maximum(tl.load(counts + row), 1).to(tl.float32))
-
+        counts += row
     VALUES: tl.constexpr = values is not None
     CLIP_VALUES: tl.constexpr = old_values is not None
     WITH_ENTROPY: tl.constexpr = entropy is not None
@@ -409,7 +415,9 @@ def _loss_kernel(
             outputs,
             first + tl.arange(0, BLOCK),
             end,
-            weight,
+            counts,
+            sequence_columns,
+            divisor,
             numbers,
             partials,
             VALUES,
@@ -429,7 +437,9 @@ def _loss_kernel(
             outputs,
             first + tl.arange(0, BLOCK),
             end,
-            weight,
+            counts,
+            sequence_columns,
+            divisor,
             numbers,
             partials,
             VALUES,
@@ -456,8 +466,8 @@ _SERIES = (
 )
 _GRADIENTS = ("grad_logprobs", "grad_values", "grad_entropy")
 _NUMBERS = (
-    *("cu_seqlens", "sequences", "columns", "blocks", "counts", "divisor", "low", "high"),
-    *("dual_clip", "value_clip_range", "value_coef", "entropy_coef", "kl_coef", "partials"),
+    *("cu_seqlens", "sequences", "columns", "blocks", "sequence_columns", "counts", "divisor"),
+    *("low", "high", "dual_clip", "value_clip_range", "value_coef", "entropy_coef", "kl_coef", "partials"),
 )
 # Neither numbers nor where memory begins select another compilation, but for all of it at once.
 _PLAIN = [*_NUMBERS, *(f"{name}_stride" for name in _SERIES)]

@@ -7,6 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+# Columns within a row are counted in 32 bits, one block past its end included.
+MOST_COLUMNS = 2**31 - 2**16
+
 
 @functools.cache
 def processors(device: torch.device) -> int:
@@ -37,7 +40,8 @@ def mask_bytes(mask: Tensor) -> Tensor:
 
 def as_rows(*series: Tensor) -> list[Tensor]:
     """Tensors of one shape as [rows, columns]; as one row where none of them has gaps."""
-    if all(x.is_contiguous() for x in series):
+    few = series[0].numel() < MOST_COLUMNS
+    if few and all(x.is_contiguous() for x in series):
         return [x.view(1, -1) for x in series]
     columns = series[0].shape[-1]
     return [x.reshape(-1, columns) for x in series]
