@@ -45,7 +45,9 @@ def _scan(self: Any, tensors: Any) -> list[Any]:
     step = 1
     while step < len(arrays[0]):
         before = [self.to_tensor(np.roll(x, step), t) for x, t in zip(arrays, types)]
-        combined = self.combine_fn.fn(*before, *(self.to_tensor(x, t) for x, t in zip(arrays, types)))
+        combined = self.combine_fn.fn(
+            *before, *(self.to_tensor(x, t) for x, t in zip(arrays, types))
+        )
         combined = combined if len(arrays) > 1 else (combined,)
         for array, x in zip(arrays, combined):
             array[step:] = x.handle.data[step:]

@@ -1,4 +1,4 @@
-"""The Triton kernels for GPUs. For each operation, `launch_x` allocates and launches what is in `x`.
+"""The Triton kernels for GPUs: `launch_x` allocates for what is in `x`, and launches it.
 
 With TRITON_INTERPRET=1 set before Triton is imported, the kernels run interpreted, on CPU tensors
 too: slowly, to test them. No GPU has confirmed them yet, so this backend must be asked for by name.
@@ -16,7 +16,21 @@ from rlhf_kernels.backends.triton.launch_token_logprobs import (
     token_logprobs_backward,
     token_logprobs_forward,
 )
-from rlhf_kernels.backends.triton.launch_whiten import moments, whiten
+from rlhf_kernels.backends.triton.launch_whitening import moments, whiten
+
+__all__ = [
+    "NAME",
+    "PRIMITIVES",
+    "availability",
+    "describe",
+    "gae_forward",
+    "moments",
+    "ppo_loss_forward",
+    "rollout_forward",
+    "token_logprobs_backward",
+    "token_logprobs_forward",
+    "whiten",
+]
 
 NAME = "triton"
 PRIMITIVES = frozenset(
@@ -30,7 +44,6 @@ PRIMITIVES = frozenset(
         "ppo_loss_forward",
     }
 )
-__all__ = ["NAME", "PRIMITIVES", "availability", "describe", *PRIMITIVES]
 
 
 def availability() -> str | None:

@@ -23,8 +23,8 @@ from rlhf_kernels.backends.triton.formulas import (
     store_moments,
 )
 
-# What a launch does, and the numbers of a block's map: factor and term for the advantages, and those
-# for what the returns are made of.
+# What a launch does, and the numbers of a block's map: factor and term for the advantages, and
+# those for what the returns are made of.
 WALK, MAPS, APPLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MAP = tl.constexpr(4)
 
@@ -267,9 +267,7 @@ def advantages_kernel(
         if STAGE == MAPS:
             _store_map(maps + (slot + block) * MAP, factor, term, BLOCK)
             if not SAME:
-                _store_map(
-                    maps + (slot + block) * MAP + 2, factor_of_return, term_of_return, BLOCK
-                )
+                _store_map(maps + (slot + block) * MAP + 2, factor_of_return, term_of_return, BLOCK)
         else:
             advantage = tl.fma(factor, following, term)
             of_return = advantage

@@ -1,4 +1,4 @@
-"""What the kernels of several operations compute: exponentials, KL estimates, moments of a block."""
+"""What several operations compute: exponentials, KL estimates, moments of a block."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from rlhf_kernels.backends.triton import advantages as kernels
-from rlhf_kernels.backends.triton import whiten
+from rlhf_kernels.backends.triton import whitening
 from rlhf_kernels.backends.triton.tensors import mask_bytes, processors, rows, vector
 from rlhf_kernels.ppo_types import GAEConfig
 
@@ -85,7 +85,7 @@ def rollout_forward(
         },
     )
     with torch.cuda.device_of(total):
-        whiten.total_kernel[(1,)](moments, slots, total, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        whitening.total_kernel[(1,)](moments, slots, total, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return advantages, returns, rewards, kl, total
 
 

@@ -1,8 +1,8 @@
 """Loss, statistics and gradients of clipped PPO (Schulman et al. 2017).
 
-`count_kernel` and `divisor_kernel` find what the aggregation divides by, where it is not given. The
-loss kernel takes blocks of a row's tokens: it writes their gradients and one row of sums. From these
-`finish_kernel` makes loss and statistics, in float64 and always in the same order.
+`count_kernel` and `divisor_kernel` find what the aggregation divides by, where it is not given.
+The loss kernel takes blocks of a row's tokens: it writes their gradients and one row of sums. From
+these `finish_kernel` makes loss and statistics, in float64 and always in the same order.
 
 Comparisons stand so that NaN in a valid place reaches the loss and its gradient, and so that ties
 follow the unclipped branch. Loads are not masked by what is valid, which would make them narrow.
@@ -51,7 +51,7 @@ def count_kernel(
     counts,
     BLOCK: tl.constexpr,
 ):
-    """The valid tokens of `part` places of a row, or of a packed sequence. Grid: (rows · parts,)."""
+    """The valid tokens of each part of a row, or of a packed sequence. Grid: (rows · parts,)."""
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens is None:
         mask += program // parts * mask_stride
@@ -95,13 +95,17 @@ def _sequence_of(cu_seqlens, sequences, program, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_all(x, t, end, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(x + t)
+    else:
+        return tl.load(x + t, mask=t < end, other=0)
+
+
+@triton.jit
 def _load(x, t, end, valid, WHOLE: tl.constexpr):
     """0 where it is not valid, whatever stands there."""
-    if WHOLE:
-        x = tl.load(x + t)
-    else:
-        x = tl.load(x + t, mask=t < end, other=0.0)
-    return tl.where(valid, x, 0.0)
+    return tl.where(valid, _load_all(x, t, end, WHOLE), 0.0)
 
 
 @triton.jit
@@ -261,10 +265,7 @@ def _tokens(
 ):
     """One block of a row. WHOLE: all of it is there."""
     grad_logprobs, grad_values, grad_entropy = outputs
-    if WHOLE:
-        valid = tl.load(mask + t) != 0
-    else:
-        valid = tl.load(mask + t, mask=t < end, other=0) != 0
+    valid = _load_all(mask, t, end, WHOLE) != 0
     weight = _weights(divisor, counts, sequence_columns, t, valid)
     block = (t, end, valid)
     grad = _policy(
@@ -467,7 +468,16 @@ _SERIES = (
 _GRADIENTS = ("grad_logprobs", "grad_values", "grad_entropy")
 _NUMBERS = (
     *("cu_seqlens", "sequences", "columns", "blocks", "sequence_columns", "counts", "divisor"),
-    *("low", "high", "dual_clip", "value_clip_range", "value_coef", "entropy_coef", "kl_coef", "partials"),
+    *(
+        "low",
+        "high",
+        "dual_clip",
+        "value_clip_range",
+        "value_coef",
+        "entropy_coef",
+        "kl_coef",
+        "partials",
+    ),
 )
 # Neither numbers nor where memory begins select another compilation, but for all of it at once.
 _PLAIN = [*_NUMBERS, *(f"{name}_stride" for name in _SERIES)]
@@ -486,7 +496,15 @@ def _mean(sums, field):
 
 
 @triton.jit(
-    do_not_specialize=["partials", "number", "value_coef", "entropy_coef", "kl_coef", "loss", "stats"]
+    do_not_specialize=[
+        "partials",
+        "number",
+        "value_coef",
+        "entropy_coef",
+        "kl_coef",
+        "loss",
+        "stats",
+    ]
 )
 def finish_kernel(
     partials,

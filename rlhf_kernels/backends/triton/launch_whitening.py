@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rlhf_kernels.backends.triton import whiten as kernels
+from rlhf_kernels.backends.triton import whitening as kernels
 from rlhf_kernels.backends.triton.tensors import as_rows, mask_bytes, rows
 
 BLOCK = 1024
