@@ -27,7 +27,7 @@ MASKED = pytest.mark.parametrize("masked", ["skip", "decay"])
 
 @pytest.fixture
 def divide(monkeypatch):
-    """Says whether each block has a program, in blocks that are small enough for several of them."""
+    """Says whether each block has a program; blocks are so small that sequences have several."""
     monkeypatch.setattr(launch_advantages, "BLOCK", 64)
 
     def set_to(divided: bool) -> None:
