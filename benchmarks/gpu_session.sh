@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-build info conformance targets grid ppo}
+PARTS=${PARTS:-build info targets rollout conformance grid ppo}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 names=() results=() seconds=()
@@ -29,10 +29,11 @@ part() { # part NAME LIMIT_SECONDS COMMAND...
     esac
 }
 
-# The limits add up to 27 minutes. The grid writes what it has after each case.
+# The limits add up to 29 minutes. The grid writes what it has after each case.
 part build 240 "$PYTHON" setup.py build_ext --inplace
 part info 30 "$PYTHON" -m rlhf_kernels.info
 part targets 300 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
+part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
 part conformance 420 "$PYTHON" -m pytest tests/kernels -q
 grid=$(mktemp -d)
 part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
