@@ -28,7 +28,7 @@ MASKED = pytest.mark.parametrize("masked", ["skip", "decay"])
 @pytest.fixture
 def divide(monkeypatch):
     """Says whether each block has a program; blocks are so small that sequences have several."""
-    monkeypatch.setattr(launch_advantages, "BLOCK", 64)
+    monkeypatch.setattr(launch_advantages, "BLOCK", 128)
 
     def set_to(divided: bool) -> None:
         monkeypatch.setattr(launch_advantages, "is_divided", lambda *sizes: divided)
@@ -87,7 +87,7 @@ def test_padding_and_packing_change_no_bit(backend, divide, masked, divided):
     mask, rewards, values, _ = sequences()
     options = {"gamma": 0.99, "value_lam": 1.0, "masked": masked, "backend": backend}
     expected = gae(rewards, values, mask, **options)
-    for left, right in ((0, 65), (7, 130)):
+    for left, right in ((0, 129), (7, 130)):
         wide = [torch.nn.functional.pad(x, (left, right), value=7.0) for x in (rewards, values)]
         padded = gae(*wide, torch.nn.functional.pad(mask, (left, right)), **options)
         for a, b in zip(padded, expected):
@@ -107,24 +107,26 @@ def test_padding_and_packing_change_no_bit(backend, divide, masked, divided):
 
 @pytest.mark.parametrize("divided", [False, True])
 def test_packed_moments_count_every_block_once(backend, divide, divided):
-    """Lengths around those of blocks: each needs as many places for its blocks as it may take."""
+    """Lengths around those of blocks, which padding cuts once more: there are places for all."""
     divide(divided)
-    lengths = [1, 63, 64, 65, 127, 128, 129, 0, 0, 192, 2]
+    lengths = [1, 127, 128, 129, 130, 255, 256, 257, 258, 0, 0, 384, 2]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     total = sum(lengths)
     zeros, noise = torch.zeros(total), normal(total, seed=1)
+    mask = torch.ones(total, dtype=torch.bool)
+    mask[cu_seqlens[5::2] - 1] = False
     result = rollout_advantages(
         zeros[: len(lengths)],
         *(1000.0 + noise, zeros, zeros),
-        torch.ones(total, dtype=torch.bool),
+        mask,
         kl_coef=-1.0,
         gamma=0.0,
         cu_seqlens=cu_seqlens,
         whiten_advantages=False,
         backend=backend,
     )
-    exact = (1000.0 + noise).double()
-    assert torch.equal(result.advantages.cpu(), exact.float().cpu())
+    exact = (1000.0 + noise)[mask].double()
+    assert torch.equal(result.advantages[mask], exact.float())
     close(result.advantage_mean, exact.mean(), EPS * 1000)
     close(result.advantage_std, exact.std(correction=0), 8 * EPS)
 
@@ -189,7 +191,7 @@ def test_the_loss_does_not_depend_on_how_tokens_are_divided(backend, monkeypatch
     flat = {name: x.reshape(-1) for name, x in inputs.items()}
     packed = {"mask": mask.reshape(-1), "cu_seqlens": torch.arange(10) * 112}
     results = []
-    for block in (1024, 32):
+    for block in (1024, 64):
         monkeypatch.setattr(launch_ppo_loss, "BLOCK", block)
         monkeypatch.setattr(launch_ppo_loss, "COUNT_BLOCK", block)
         monkeypatch.setattr(launch_ppo_loss, "COUNT_PART", 2 * block)
