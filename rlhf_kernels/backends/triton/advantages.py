@@ -178,6 +178,16 @@ def _row(x, stride, cu_seqlens, sequence, begin):
 
 
 @triton.jit
+def _decays(gamma, lam, value_lam, rates, sequence):
+    """(discount, decay of the advantages, decay of what the returns are made of)."""
+    if rates is not None:
+        gamma = tl.load(rates + 3 * sequence)
+        lam = tl.load(rates + 3 * sequence + 1)
+        value_lam = tl.load(rates + 3 * sequence + 2)
+    return gamma, gamma * lam, gamma * value_lam
+
+
+@triton.jit
 def _store(to, x, valid, inside):
     tl.store(to, tl.where(valid, x, 0.0), mask=inside)
 
@@ -234,13 +244,10 @@ def advantages_kernel(
         logprobs = _row(logprobs, logprobs_stride, cu_seqlens, sequence, begin)
         ref_logprobs = _row(ref_logprobs, ref_stride, cu_seqlens, sequence, begin)
         scores += sequence
-    if rates is not None:
-        gamma = tl.load(rates + 3 * sequence)
-        lam = tl.load(rates + 3 * sequence + 1)
-        value_lam = tl.load(rates + 3 * sequence + 2)
     bootstrap = 0.0
     if bootstrap_values is not None:
         bootstrap = tl.load(bootstrap_values + sequence)
+    gamma, decay, decay_of_return = _decays(gamma, lam, value_lam, rates, sequence)
     end = _end_of_valid(mask, length, BLOCK)
     row = (logprobs, ref_logprobs, scores, kl_coef, rewards, values, mask, bootstrap, end)
 
@@ -261,9 +268,9 @@ def advantages_kernel(
         value = tl.load(values + t, mask=valid, other=0.0)
         steps, next_value = _steps(row, t, valid, behind, BLOCK, DECAY)
         delta = tl.where(steps, tl.fma(next_value, gamma, reward) - value, 0.0)
-        factor, term = _maps(delta, steps, gamma * lam)
+        factor, term = _maps(delta, steps, decay)
         if not SAME:
-            factor_of_return, term_of_return = _maps(delta, steps, gamma * value_lam)
+            factor_of_return, term_of_return = _maps(delta, steps, decay_of_return)
         if STAGE == MAPS:
             _store_map(maps + (slot + block) * MAP, factor, term, BLOCK)
             if not SAME:
