@@ -12,6 +12,7 @@ from rlhf_kernels.backends.reference import mean_and_variance
 from rlhf_kernels.ops.gae import gae as _gae
 from rlhf_kernels.ops.rollout_advantages import rollout_advantages as _rollout
 from rlhf_kernels.ops.whiten import moments, whiten
+from rlhf_kernels.packing import valid_tokens
 from rlhf_kernels.ppo_types import KL_ESTIMATORS, MASKED_STEPS, GAEConfig
 from rlhf_kernels.statistics import over_ranks
 
@@ -232,10 +233,6 @@ def _whitened_scores(
     group: ProcessGroup | None,
     backend: str | None,
 ) -> Tensor:
-    if cu_seqlens is None:
-        valid = mask.any(dim=1)
-    else:
-        before = torch.cat([cu_seqlens.new_zeros(1), mask.cumsum(0)])[cu_seqlens]
-        valid = before.diff() > 0
+    valid = valid_tokens(mask, cu_seqlens) > 0
     total = over_ranks(moments(scores, valid, backend), group)
     return whiten(scores, valid, total, True, _EPS, backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,22 +45,30 @@ def ppo_loss(
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
     entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     config: PPOLossConfig = _DEFAULT,
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PPOLossStats]:
     """The clipped PPO loss (Schulman et al. 2017, arXiv 1707.06347).
 
-    loss = agg(policy) + value_coef · agg(value) - entropy_coef · agg(entropy); see
-    `docs/kernels.md`. Differentiable by logprobs, values and entropy; the gradient stops at
-    the others.
+    loss = agg(policy) + value_coef · agg(value) - entropy_coef · agg(entropy)
+    + kl_loss_coef · agg(KL to the reference); see `docs/kernels.md`. Differentiable by logprobs,
+    values and entropy; the gradient stops at the others.
 
     Args:
-        logprobs, old_logprobs, advantages: [B, T], floating-point.
-        mask: [B, T], bool (or integers, 0 is masked): the valid tokens.
-        values, returns: [B, T]; with them the value loss takes part. old_values: [B, T], needed
-            with values unless config.value_clip_range is None.
-        entropy: [B, T]; with it the entropy bonus takes part.
+        logprobs, old_logprobs, advantages: [B, T], floating-point; [N] with cu_seqlens.
+        mask: their shape, bool (or integers, 0 is masked): the valid tokens.
+        values, returns: their shape; with them the value loss takes part. old_values: needed with
+            values unless config.value_clip_range is None.
+        entropy: their shape; with it the entropy bonus takes part.
+        ref_logprobs: their shape, the reference policy's; with them its KL divergence takes part.
+        importance_weights: their shape; each token's policy loss is multiplied by its own, as where
+            another engine sampled the tokens (truncated importance sampling).
+        cu_seqlens: [B + 1], int32 or int64: sequence b stands from cu_seqlens[b] to
+            cu_seqlens[b + 1] in tensors [N], without padding.
         config: clip ranges, coefficients, aggregation.
         normalizer: a number or a 0-dim tensor that divides the sum in place of the count of this
             call: valid tokens for "token-mean", sequences with a valid token for the others. With
@@ -75,37 +83,36 @@ def ppo_loss(
         ValueError, TypeError: shapes, dtypes, devices or numbers that do not fit.
         BackendUnavailableError, UnsupportedOperationError: a backend named that cannot do it.
     """
-    tensors = {
+    constants = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
-        "values": values,
         "old_values": old_values,
         "returns": returns,
-        "entropy": entropy,
+        "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights,
     }
+    tensors = {**constants, "values": values, "entropy": entropy}
     checks.floating(logprobs=logprobs, **tensors)
-    checks.dimensions("logprobs", logprobs, 2, "[B, T]")
+    cu_seqlens, _ = checks.sequences("logprobs", logprobs, cu_seqlens)
     checks.like("logprobs", logprobs, mask=mask, **tensors)
     _check_values(values, old_values, returns, config)
     dtype = checks.compute_dtype(logprobs, *tensors.values())
     logprobs = logprobs.to(dtype)
+    fixed = {name: _constant(tensor, dtype) for name, tensor in constants.items()}
     loss, stats, *_ = _ppo_loss(
         logprobs,
-        old_logprobs.detach().to(dtype),
-        advantages.detach().to(dtype),
+        fixed["old_logprobs"],
+        fixed["advantages"],
         checks.as_mask(mask),
         None if values is None else values.to(dtype),
-        None if old_values is None else old_values.detach().to(dtype),
-        None if returns is None else returns.detach().to(dtype),
+        fixed["old_values"],
+        fixed["returns"],
         None if entropy is None else entropy.to(dtype),
+        fixed["ref_logprobs"],
+        fixed["importance_weights"],
+        cu_seqlens,
         checks.as_normalizer(normalizer, logprobs),
-        config.clip_range,
-        config.clip_range_high,
-        config.dual_clip,
-        config.value_clip_range,
-        config.value_coef,
-        config.entropy_coef,
-        config.aggregation,
+        *config.arguments(),
         backend,
     )
     return loss, PPOLossStats(*stats.detach().unbind())
@@ -123,6 +130,9 @@ def linear_ppo_loss(
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     config: PPOLossConfig = _DEFAULT,
     normalizer: float | Tensor | None = None,
@@ -137,10 +147,11 @@ def linear_ppo_loss(
     loss. Masked tokens take part in no matrix product.
 
     Args:
-        hidden: [B, T, H]. weight: [V, H]. bias: [V] or None. targets: [B, T], the tokens.
+        hidden: [B, T, H]; [N, H] with cu_seqlens. weight: [V, H]. bias: [V] or None.
+        targets: [B, T] or [N], the tokens.
         temperature, chunk_size, group: as in `linear_token_logprobs`.
-        old_logprobs, advantages, mask, values, old_values, returns, config, normalizer: as in
-            `ppo_loss`.
+        old_logprobs, advantages, mask, values, old_values, returns, ref_logprobs,
+            importance_weights, cu_seqlens, config, normalizer: as in `ppo_loss`.
         backend: see `rlhf_kernels.backends`; where it has kernels for rows of logits only, the loss
             over the tokens, the small part, takes its own default.
 
@@ -151,17 +162,22 @@ def linear_ppo_loss(
     Raises:
         As `linear_token_logprobs` and `ppo_loss`.
     """
-    checks.dimensions("hidden", hidden, 3, "[B, T, H]")
+    if cu_seqlens is None:
+        checks.dimensions("hidden", hidden, 3, "[B, T, H] (or [N, H] with cu_seqlens)")
+    else:
+        checks.dimensions("hidden", hidden, 2, "[N, H], as cu_seqlens is given")
     dtype = check_linear(hidden, weight, bias, targets, chunk_size, group)
-    tensors = {
+    cu_seqlens, _ = checks.sequences("targets", targets, cu_seqlens)
+    constants = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
-        "values": values,
         "old_values": old_values,
         "returns": returns,
+        "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights,
     }
-    checks.floating(**tensors)
-    checks.like("targets", targets, mask=mask, **tensors)
+    checks.floating(values=values, **constants)
+    checks.like("targets", targets, mask=mask, values=values, **constants)
     _check_values(values, old_values, returns, config)
     mask, wide = checks.as_mask(mask), wide_dtype(dtype)
     targets = torch.where(mask, checks.as_targets(targets), _IGNORED)
@@ -183,34 +199,34 @@ def linear_ppo_loss(
             old_values=old_values,
             returns=returns,
             entropy=entropy,
+            ref_logprobs=ref_logprobs,
+            importance_weights=importance_weights,
+            cu_seqlens=cu_seqlens,
             config=config,
             normalizer=normalizer,
             backend=loss_kernels(logprobs, backend).NAME,
         )
     number, per_row = checks.split_temperature(temperature, targets, wide)
-    old_logprobs = old_logprobs.detach().to(wide)
+    fixed = {name: _constant(tensor, wide) for name, tensor in constants.items()}
     loss, stats, *_ = _linear_ppo_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         None if values is None else values.to(wide),
         targets.reshape(-1),
-        old_logprobs,
-        advantages.detach().to(wide),
+        fixed["old_logprobs"],
+        fixed["advantages"],
         mask,
-        None if old_values is None else old_values.detach().to(wide),
-        None if returns is None else returns.detach().to(wide),
+        fixed["old_values"],
+        fixed["returns"],
+        fixed["ref_logprobs"],
+        fixed["importance_weights"],
+        cu_seqlens,
         number,
         per_row,
         _IGNORED,
-        checks.as_normalizer(normalizer, old_logprobs),
-        config.clip_range,
-        config.clip_range_high,
-        config.dual_clip,
-        config.value_clip_range,
-        config.value_coef,
-        config.entropy_coef,
-        config.aggregation,
+        checks.as_normalizer(normalizer, fixed["old_logprobs"]),
+        *config.arguments(),
         dtype,
         chunk_size,
         group_name(group),
@@ -218,6 +234,11 @@ def linear_ppo_loss(
         needed,
     )
     return loss, PPOLossStats(*stats.detach().unbind())
+
+
+def _constant(tensor: Tensor | None, dtype: torch.dtype) -> Any:
+    """What no gradient flows to."""
+    return None if tensor is None else tensor.detach().to(dtype)
 
 
 def _check_values(

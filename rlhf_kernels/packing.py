@@ -32,3 +32,18 @@ class Packed(NamedTuple):
 
     def unpad(self, x: Tensor) -> Tensor:
         return x[self.inside]  # row by row, which is the order of the packed places
+
+
+def valid_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """How many valid tokens each sequence has [B]."""
+    if cu_seqlens is None:
+        return mask.sum(dim=1)
+    return torch.cat([cu_seqlens.new_zeros(1), mask.cumsum(0)])[cu_seqlens].diff()
+
+
+def at_tokens(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One number a sequence [B] at each place of its sequence, in a form that fits `mask`."""
+    if cu_seqlens is None:
+        return x[:, None]
+    places = torch.arange(mask.numel(), device=mask.device)
+    return x[torch.searchsorted(cu_seqlens, places, right=True) - 1]

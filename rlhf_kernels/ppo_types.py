@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+KL_LOSS_ESTIMATORS = ("k1", "k2", "k3")
 MASKED_STEPS = ("skip", "decay")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
@@ -34,6 +35,11 @@ class PPOLossConfig:
     aggregation: "token-mean" divides the sum over valid tokens by their number;
         "seq-mean-token-mean" takes each sequence's mean, "seq-mean-token-sum" its sum, and divides
         their sum by the number of sequences that have a valid token.
+    kl_loss_coef: the weight of the KL divergence from the reference policy, where ref_logprobs are
+        given; 0.001 is verl's.
+    kl_loss_estimator: "k1", "k2" or "k3" (Schulman, "Approximating KL divergence", 2020), the last
+        as in GRPO (arXiv 2402.03300). The mean gradient of k1 is 0 where the tokens were sampled
+        from the policy; that of k2 is the KL divergence's own.
     """
 
     clip_range: float = 0.2
@@ -43,6 +49,8 @@ class PPOLossConfig:
     value_coef: float = 0.5
     entropy_coef: float = 0.01
     aggregation: str = "token-mean"
+    kl_loss_coef: float = 0.001
+    kl_loss_estimator: str = "k3"
 
     def __post_init__(self) -> None:
         for name in ("clip_range", "clip_range_high", "value_clip_range"):
@@ -53,13 +61,25 @@ class PPOLossConfig:
                 raise ValueError(f"{name} is {value!r}; it must be positive")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip!r}; it must be above 1, or None")
-        for name in ("value_coef", "entropy_coef"):
+        for name in ("value_coef", "entropy_coef", "kl_loss_coef"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a finite number")
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(
                 f"aggregation is {self.aggregation!r}; choose one of {', '.join(AGGREGATIONS)}"
             )
+        if self.kl_loss_estimator not in KL_LOSS_ESTIMATORS:
+            raise ValueError(
+                f"kl_loss_estimator is {self.kl_loss_estimator!r}; "
+                f"choose one of {', '.join(KL_LOSS_ESTIMATORS)}"
+            )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The settings in their order, as an operator takes them."""
+        return tuple(getattr(self, name) for name in _SETTINGS)
+
+
+_SETTINGS = tuple(field.name for field in fields(PPOLossConfig))
 
 
 class PPOLossStats(NamedTuple):
@@ -80,6 +100,7 @@ class PPOLossStats(NamedTuple):
     ratio_mean: Tensor
     ratio_max: Tensor
     explained_variance: Tensor
+    ref_kl: Tensor
 
 
 PPO_STATS: tuple[str, ...] = PPOLossStats._fields

@@ -196,32 +196,43 @@ void whiten(Input x, Input mask, int64_t rows, int64_t columns, double mean, dou
                  threads});
 }
 
-void ppo_loss(Input logprobs, Input old_logprobs, Input advantages, Input mask, Input values,
-              Input old_values, Input returns, Input entropy, int64_t rows, int64_t columns,
-              float clip_low, float clip_high, float dual_clip, float value_clip_range,
-              float value_coef, float entropy_coef, int aggregation, uintptr_t normalizer,
-              uintptr_t loss, uintptr_t stats, uintptr_t grad_logprobs, uintptr_t grad_values,
-              uintptr_t grad_entropy, int threads) {
-  const int64_t chunks = (rows * columns + kPpoChunk - 1) / kPpoChunk;
+// (low, high, dual, value range; infinity where there is none)
+typedef std::tuple<float, float, float, float> ClippingIn;
+
+// Log-probabilities, old ones, advantages; values, old values, returns; entropy, those of the
+// reference, importance weights; mask.
+typedef std::vector<Input> PpoInputs;
+
+// (value, entropy, KL coefficients, estimator of the KL, aggregation)
+typedef std::tuple<float, float, float, int, int> PpoWeightsIn;
+
+void ppo_loss(SequencesIn sequences, int64_t tokens, const PpoInputs& in, ClippingIn clip,
+              PpoWeightsIn weights, uintptr_t normalizer, uintptr_t loss, uintptr_t stats,
+              uintptr_t grad_logprobs, uintptr_t grad_values, uintptr_t grad_entropy,
+              int threads) {
+  const int64_t chunks = (tokens + kPpoChunk - 1) / kPpoChunk;
   std::vector<double> scratch(size_t(chunks * kPpoScratch));
   active.ppo_loss({
-      series(logprobs),
-      series(old_logprobs),
-      series(advantages),
-      series(values),
-      series(old_values),
-      series(returns),
-      series(entropy),
-      mask_in(mask),
-      rows,
-      columns,
-      clip_low,
-      clip_high,
-      dual_clip,
-      value_clip_range,
-      value_coef,
-      entropy_coef,
-      Aggregation(aggregation),
+      series(in.at(0)),
+      series(in.at(1)),
+      series(in.at(2)),
+      series(in.at(3)),
+      series(in.at(4)),
+      series(in.at(5)),
+      series(in.at(6)),
+      series(in.at(7)),
+      series(in.at(8)),
+      mask_in(in.at(9)),
+      sequences_in(sequences),
+      std::get<0>(clip),
+      std::get<1>(clip),
+      std::get<2>(clip),
+      std::get<3>(clip),
+      std::get<0>(weights),
+      std::get<1>(weights),
+      Aggregation(std::get<4>(weights)),
+      std::get<2>(weights),
+      KlEstimator(std::get<3>(weights)),
       pointer<const float>(normalizer),
       pointer<float>(loss),
       pointer<float>(stats),

@@ -6,10 +6,9 @@
 #include <math.h>
 #include <string.h>
 
-#include <vector>
-
 #include "cpu/kernels.h"
 #include "cpu/mask.h"
+#include "cpu/place.h"
 #include "cpu/simd.h"
 #include "cpu/vector_exp.h"
 #include "math/gae.h"
@@ -73,16 +72,6 @@ struct GivenRewards {
   RK_FORMULA Floats operator()(int64_t start) const { return load_back(rewards, start); }
 };
 
-RK_FORMULA Floats kl_estimate(Floats r, KlEstimator estimator) {
-  switch (estimator) {
-    case KlEstimator::k1: return r;
-    case KlEstimator::k2: return r * r * 0.5f;
-    case KlEstimator::k3: return exp_minus_one_minus(-r, vector_exp(-r));
-    case KlEstimator::abs: return larger(-r, r);
-  }
-  return r;
-}
-
 struct ShapedRewards {
   const float* logprobs;
   const float* ref_logprobs;
@@ -95,7 +84,8 @@ struct ShapedRewards {
 
   RK_FORMULA Floats operator()(int64_t start) const {
     const Floats r = load_back(logprobs, start) - load_back(ref_logprobs, start);
-    const Floats penalty = kl_estimate(r, estimator);
+    const bool exponential = estimator == KlEstimator::k3;
+    const Floats penalty = kl_estimate(r, exponential ? vector_exp(-r) : Floats{}, estimator);
     Floats reward = penalty * -kl_coef;
     if (start + kLanes == n) reward[kLanes - 1] += score;
     store_back(kl, start, penalty);
@@ -171,7 +161,7 @@ Span span_of(const uint8_t* mask, int64_t n) {
 }
 
 // A series without its holes (skip), or with 0 in them (decay), beginning at the first valid place.
-const float* dense(const float* x, const Span& span, MaskedStep masked, float* memory) {
+const float* dense_series(const float* x, const Span& span, MaskedStep masked, float* memory) {
   if (span.whole()) return x + span.first;
   int64_t n = 0;
   for (int64_t i = span.first; i < span.end; ++i) {
@@ -195,17 +185,31 @@ void spread(const float* from, const Span& span, MaskedStep masked, float* to, i
   }
 }
 
+// Numbers of a sequence's own. (Not std::vector: its code would be shared between instruction sets.)
+class Memory {
+ public:
+  explicit Memory(int64_t size) : data_(size ? new float[size_t(size)] : nullptr) {}
+  ~Memory() { delete[] data_; }
+  Memory(const Memory&) = delete;
+  float* at(int64_t i) { return data_ ? data_ + i : nullptr; }
+
+ private:
+  float* data_;
+};
+
 // Memory for the dense series of a sequence with holes, and where they go otherwise.
 class Dense {
  public:
-  Dense(const Span& span, MaskedStep masked, int64_t n) : span_(span), masked_(masked), n_(n) {
-    length_ = span.whole() || masked == MaskedStep::decay ? span.end - span.first : span.valid;
-    if (!span.whole()) memory_.resize(size_t(kMost * length_));
-  }
+  Dense(const Span& span, MaskedStep masked, int64_t n)
+      : span_(span),
+        masked_(masked),
+        n_(n),
+        length_(masked == MaskedStep::decay ? span.end - span.first : span.valid),
+        memory_(span.whole() ? 0 : kMost * length_) {}
 
   int64_t length() const { return length_; }
 
-  const float* in(const float* x) { return dense(x, span_, masked_, next()); }
+  const float* in(const float* x) { return dense_series(x, span_, masked_, next()); }
 
   float* out(float* x) {
     outputs_[count_] = {span_.whole() ? x + span_.first : next(), x};
@@ -226,35 +230,16 @@ class Dense {
     float* series;
   };
 
-  float* next() { return memory_.empty() ? nullptr : memory_.data() + length_ * used_++; }
+  float* next() { return memory_.at(length_ * used_++); }
 
   const Span span_;
   const MaskedStep masked_;
   const int64_t n_;
-  int64_t length_;
-  std::vector<float> memory_;
+  const int64_t length_;
+  Memory memory_;
   int used_ = 0;
   Output outputs_[kMost];
   int count_ = 0;
-};
-
-// Where a sequence begins in the inputs, by their strides, and in the outputs, and its length.
-struct Place {
-  const Sequences& sequences;
-  int64_t index;
-
-  int64_t length() const {
-    const int64_t* starts = sequences.cu_seqlens;
-    return starts ? starts[index + 1] - starts[index] : sequences.columns;
-  }
-  int64_t begin(int64_t row_stride) const {
-    return sequences.cu_seqlens ? sequences.cu_seqlens[index] : index * row_stride;
-  }
-  template <class T>
-  auto in(const T& series) const {
-    return series.data + begin(series.row_stride);
-  }
-  float* out(float* data) const { return data + begin(sequences.columns); }
 };
 
 Rates rates_of(const GaeRates& rates, int64_t sequence) {
@@ -301,22 +286,14 @@ Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   if (!span.whole() && args.gae.masked == MaskedStep::decay) {
     // The dense series has the steps of masked places too.
     const float* series = place.out(args.gae.advantages);
-    std::vector<float> valid;
-    for (int64_t i = span.first; i < span.end; ++i) {
-      if (span.mask[i]) valid.push_back(series[i]);
-    }
-    return moments_of(valid.data(), span.valid);
+    Memory memory(span.valid);
+    return moments_of(dense_series(series, span, MaskedStep::skip, memory.at(0)), span.valid);
   }
   return moments_of(advantages, span.valid);
 }
 
 // 100 µs of work for one core: below it, waiting for a second one may cost more than it saves.
 int threads_for(int64_t tokens, int threads) { return tokens < 100000 ? 1 : threads; }
-
-int64_t tokens_of(const Sequences& sequences) {
-  return sequences.cu_seqlens ? sequences.cu_seqlens[sequences.count]
-                              : sequences.count * sequences.columns;
-}
 
 }  // namespace
 

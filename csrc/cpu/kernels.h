@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "math/kl.h"
+
 namespace rk {
 
 enum class ElementType : int { float32, bfloat16, float16 };
@@ -87,8 +89,6 @@ struct Gae {
   int threads;
 };
 
-enum class KlEstimator : int { k1, k2, k3, abs };
-
 constexpr int64_t kMoments = 3;  // number, mean, sum of squared deviations
 
 struct Rollout {
@@ -117,28 +117,31 @@ struct Whiten {
 enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 
 constexpr int64_t kPpoChunk = 4096;  // tokens whose sums are taken together
-constexpr int64_t kPpoScratch = 15;  // doubles that a chunk leaves for the final sum
+constexpr int64_t kPpoScratch = 17;  // doubles that a chunk leaves for the final sum
 
 struct PpoLoss {
   Series logprobs, old_logprobs, advantages;
   Series values, old_values, returns;  // all or none
-  Series entropy;                      // or null
+  Series entropy;                      // or null, like the next two
+  Series ref_logprobs;
+  Series importance_weights;
   Mask mask;
-  int64_t rows;
-  int64_t columns;
+  Sequences sequences;
   float clip_low, clip_high;  // the ratio's bounds
   float dual_clip;            // infinity: none
   float value_clip_range;     // infinity: none
   float value_coef;
   float entropy_coef;
   Aggregation aggregation;
+  float kl_loss_coef;
+  KlEstimator kl_loss_estimator;
   const float* normalizer;  // or null: derived from the mask
   float* loss;              // [1]
-  float* stats;             // [11], in the order of PPO_STATS
+  float* stats;             // [12], in the order of PPO_STATS
   float* grad_logprobs;     // contiguous; the next two null where their input is
   float* grad_values;
   float* grad_entropy;
-  double* scratch;  // kPpoScratch for every started chunk of rows·columns
+  double* scratch;  // kPpoScratch for every started chunk of tokens
   int threads;
 };
 

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/mask.h"
+#include "cpu/place.h"
 #include "cpu/simd.h"
 #include "cpu/vector_exp.h"
 #include "math/kl.h"
@@ -22,7 +23,9 @@ enum Sum {
   kPolicyLoss,       // weighted
   kValueLoss,        // weighted
   kWeightedEntropy,
+  kWeightedRefKl,
   kEntropy,
+  kRefKl,
   kLogRatio,
   kK3,
   kRatio,
@@ -66,14 +69,13 @@ struct MaskSummary {
 
 MaskSummary summarize(const PpoLoss& args) {
   MaskSummary summary = {0, 0, 0.0f};
-  for (int64_t row = 0; row < args.rows; ++row) {
-    const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
-    const int64_t count = count_valid(mask, args.columns);
+  for (int64_t i = 0; i < args.sequences.count; ++i) {
+    const Place place = {args.sequences, i};
+    const uint8_t* mask = place.in(args.mask);
+    const int64_t count = count_valid(mask, place.length());
     if (count == 0) continue;
     if (summary.tokens == 0 && args.returns.data) {
-      int64_t first = 0;
-      while (!mask[first]) ++first;
-      summary.some_return = args.returns.data[row * args.returns.row_stride + first];
+      summary.some_return = place.in(args.returns)[first_valid(mask, place.length())];
     }
     summary.tokens += count;
     summary.sequences += 1;
@@ -81,30 +83,30 @@ MaskSummary summarize(const PpoLoss& args) {
   return summary;
 }
 
-// What one token of the row counts for in the loss.
-double row_weight(const PpoLoss& args, const MaskSummary& summary, int64_t row) {
+// What one token of the sequence counts for in the loss.
+double token_weight(const PpoLoss& args, const MaskSummary& summary, const Place& place) {
   const bool by_token = args.aggregation == Aggregation::token_mean;
   const double derived = double(by_token ? summary.tokens : summary.sequences);
   const double normalizer = args.normalizer ? double(*args.normalizer) : derived;
   if (args.aggregation != Aggregation::seq_mean_token_mean) return 1.0 / normalizer;
-  const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
-  const int64_t count = count_valid(mask, args.columns);
+  const int64_t count = count_valid(place.in(args.mask), place.length());
   return count == 0 ? 0.0 : 1.0 / (double(count) * normalizer);
 }
 
-// A piece of one row: `n` tokens from column `start` on.
+// A piece of one sequence: `n` tokens from its token `start` on.
 struct Piece {
   const PpoLoss& args;
-  int64_t row;
+  Place place;
   int64_t start;
   int64_t n;
   float weight;
   float some_return;
 
-  const float* in(const Series& series) const {
-    return series.data + row * series.row_stride + start;
+  template <class T>
+  auto in(const T& series) const {
+    return place.in(series) + start;
   }
-  float* out(float* data) const { return data + row * args.columns + start; }
+  float* out(float* data) const { return place.out(data) + start; }
 };
 
 struct Whole {  // all lanes
@@ -141,6 +143,19 @@ struct PartialRead {
   }
 };
 
+// The KL divergence from the reference: its gradient by the log-probability, to be weighed.
+template <class Access>
+RK_FORMULA Floats add_ref_kl(const PartialRead<Access>& read, Floats weight, Lanes& lanes) {
+  const PpoLoss& args = read.piece.args;
+  const Floats r = read(args.logprobs) - read(args.ref_logprobs);
+  const bool exponential = args.kl_loss_estimator == KlEstimator::k3;
+  const Floats exp_minus_r = exponential ? vector_exp(-r) : Floats{};
+  const Floats kl = kl_estimate(r, exp_minus_r, args.kl_loss_estimator);
+  lanes.short_sums[kRefKl] += kl;
+  lanes.short_sums[kWeightedRefKl] += weight * kl;
+  return kl_slope(r, exp_minus_r, kl, args.kl_loss_estimator) * args.kl_loss_coef;
+}
+
 template <class Access>
 RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints valid, Floats weight,
                            const PpoClipping& clip, Lanes& lanes) {
@@ -149,9 +164,13 @@ RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints va
   const Floats log_ratio = read(args.logprobs) - read(args.old_logprobs);
   const Floats ratio = vector_exp(log_ratio);
   const auto term = policy_term(ratio, read(args.advantages), clip);
-  Access::write(piece.out(args.grad_logprobs) + i, count, weight * term.gradient);
+  Floats of_policy = weight;
+  if (args.importance_weights.data) of_policy *= read(args.importance_weights);
+  Floats gradient = of_policy * term.gradient;
+  if (args.ref_logprobs.data) gradient += weight * add_ref_kl(read, weight, lanes);
+  Access::write(piece.out(args.grad_logprobs) + i, count, gradient);
   // Masked lanes hold log ratio 0 and advantage 0: every term below is 0 there but the ratio.
-  lanes.short_sums[kPolicyLoss] += weight * term.loss;
+  lanes.short_sums[kPolicyLoss] += of_policy * term.loss;
   lanes.short_sums[kLogRatio] += log_ratio;
   // The k3 estimate of KL(old || new).
   lanes.short_sums[kK3] += exp_minus_one_minus(log_ratio, ratio);
@@ -187,7 +206,7 @@ template <class Access>
 RK_FORMULA void add_tokens(const Piece& piece, int64_t i, int64_t count, const PpoClipping& clip,
                            Lanes& lanes) {
   const PpoLoss& args = piece.args;
-  const uint8_t* mask = args.mask.data + piece.row * args.mask.row_stride + piece.start + i;
+  const uint8_t* mask = piece.in(args.mask) + i;
   const Ints valid = __builtin_convertvector(Access::read_mask(mask, count), Ints) != 0;
   const Floats weight = valid ? splat(piece.weight) : Floats{};
   add_policy<Access>(piece, i, count, valid, weight, clip, lanes);
@@ -223,14 +242,16 @@ void add_piece(const Piece& piece, const PpoClipping& clip, Lanes& lanes) {
 void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClipping& clip,
                int64_t chunk, double* out) {
   Lanes lanes = {};
-  const int64_t all = args.rows * args.columns;
+  const int64_t all = tokens_of(args.sequences);
   const int64_t end = (chunk + 1) * kPpoChunk < all ? (chunk + 1) * kPpoChunk : all;
-  for (int64_t token = chunk * kPpoChunk; token < end;) {
-    const int64_t row = token / args.columns;
-    const int64_t start = token - row * args.columns;
-    const int64_t n = args.columns - start < end - token ? args.columns - start : end - token;
-    const float weight = float(row_weight(args, summary, row));
-    add_piece({args, row, start, n, weight, summary.some_return}, clip, lanes);
+  int64_t token = chunk * kPpoChunk;
+  for (int64_t i = sequence_of(args.sequences, token); token < end; ++i) {
+    const Place place = {args.sequences, i};
+    const int64_t start = token - place.begin(args.sequences.columns);
+    const int64_t left = place.length() - start;
+    const int64_t n = left < end - token ? left : end - token;
+    const float weight = float(token_weight(args, summary, place));
+    add_piece({args, place, start, n, weight, summary.some_return}, clip, lanes);
     token += n;
   }
   for (int s = 0; s < kNumSums; ++s) out[s] = sum_of_lanes(lanes.sums[s]);
@@ -255,7 +276,8 @@ void write_results(const PpoLoss& args, const MaskSummary& summary, const double
   const double spread = variance(sums[kReturn], sums[kReturnSquared], n);
   const double unexplained = variance(sums[kError], sums[kErrorSquared], n);
   *args.loss = float(sums[kPolicyLoss] + double(args.value_coef) * sums[kValueLoss] -
-                     double(args.entropy_coef) * sums[kWeightedEntropy]);
+                     double(args.entropy_coef) * sums[kWeightedEntropy] +
+                     double(args.kl_loss_coef) * sums[kWeightedRefKl]);
   const double stats[] = {
       sums[kPolicyLoss],
       sums[kValueLoss],
@@ -268,6 +290,7 @@ void write_results(const PpoLoss& args, const MaskSummary& summary, const double
       sums[kRatio] / n,
       total[kRatioMax],
       args.values.data && spread != 0 ? 1.0 - unexplained / spread : 0.0,
+      sums[kRefKl] / n,
   };
   for (int s = 0; s < int(sizeof(stats) / sizeof(*stats)); ++s) args.stats[s] = float(stats[s]);
 }
@@ -277,7 +300,7 @@ void write_results(const PpoLoss& args, const MaskSummary& summary, const double
 void ppo_loss(const PpoLoss& args) {
   const MaskSummary summary = summarize(args);
   const PpoClipping clip = {args.clip_low, args.clip_high, args.dual_clip, args.value_clip_range};
-  const int64_t chunks = (args.rows * args.columns + kPpoChunk - 1) / kPpoChunk;
+  const int64_t chunks = (tokens_of(args.sequences) + kPpoChunk - 1) / kPpoChunk;
   const int threads = chunks < 2 ? 1 : chunks < args.threads ? int(chunks) : args.threads;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {

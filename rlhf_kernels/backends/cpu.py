@@ -280,6 +280,9 @@ def ppo_loss_forward(
     old_values: Tensor | None,
     returns: Tensor | None,
     entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     config: PPOLossConfig,
     normalizer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -289,10 +292,10 @@ def ppo_loss_forward(
     value_range = math.inf if config.value_clip_range is None else config.value_clip_range
     if values is not None and config.value_clip_range is None:
         old_values = values  # takes no part: every step from it is inside an infinite range
-    series = [
-        None if x is None else _rows(x)
-        for x in (logprobs, old_logprobs, advantages, values, old_values, returns, entropy)
-    ]
+    policy = (logprobs, old_logprobs, advantages)
+    of_values = (values, old_values, returns)
+    others = (entropy, ref_logprobs, importance_weights)
+    series = [None if x is None else _rows(x) for x in (*policy, *of_values, *others)]
     mask = _unit_columns(mask)
     normalizer = None if normalizer is None else _vector(normalizer)
     loss = torch.empty((), dtype=torch.float32)
@@ -300,19 +303,19 @@ def ppo_loss_forward(
     grad_logprobs = torch.empty(shape, dtype=torch.float32)
     grad_values = None if values is None else torch.empty(shape, dtype=torch.float32)
     grad_entropy = None if entropy is None else torch.empty(shape, dtype=torch.float32)
-    inputs = [_ABSENT if x is None else _input(x) for x in series]
+    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
     _cpu.ppo_loss(
-        *inputs[:3],
-        _input(mask),
-        *inputs[3:],
-        *shape,
-        1.0 - config.clip_range,
-        1.0 + high,
-        math.inf if config.dual_clip is None else config.dual_clip,
-        value_range,
-        config.value_coef,
-        config.entropy_coef,
-        AGGREGATIONS.index(config.aggregation),
+        _sequences(logprobs, cu_seqlens),
+        logprobs.numel(),
+        [*(_ABSENT if x is None else _input(x) for x in series), _input(mask)],
+        (1.0 - config.clip_range, 1.0 + high, dual_clip, value_range),
+        (
+            config.value_coef,
+            config.entropy_coef,
+            config.kl_loss_coef,
+            KL_ESTIMATORS.index(config.kl_loss_estimator),
+            AGGREGATIONS.index(config.aggregation),
+        ),
         _address(normalizer),
         loss.data_ptr(),
         stats.data_ptr(),

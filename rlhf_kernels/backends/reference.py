@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.packing import Packed
+from rlhf_kernels.packing import Packed, at_tokens, valid_tokens
 from rlhf_kernels.ppo_types import GAEConfig, PPOLossConfig
 
 NAME = "reference"
@@ -169,12 +169,18 @@ def ppo_loss_forward(
     old_values: Tensor | None,
     returns: Tensor | None,
     entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     config: PPOLossConfig,
     normalizer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy."""
+    """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy.
+
+    All [B, T], or packed [N] with cu_seqlens.
+    """
     zero = logprobs.new_zeros(())
-    weights = aggregation_weights(mask, config.aggregation, normalizer, logprobs.dtype)
+    weights = aggregation_weights(mask, cu_seqlens, config.aggregation, normalizer, logprobs.dtype)
     count = mask.sum().clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
@@ -183,7 +189,11 @@ def ppo_loss_forward(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
     policy, grad_policy, clipped, dual_clipped = _policy_terms(log_ratio, advantages, config)
-    policy_loss = (weights * policy).sum()
+    of_policy = weights
+    if importance_weights is not None:
+        of_policy = torch.where(mask, weights * importance_weights, 0.0)
+    policy_loss = (of_policy * policy).sum()
+    grad_logprobs = of_policy * grad_policy
     ratio = log_ratio.exp()
     ratio_max = torch.where(mask, ratio, 0.0).amax() if ratio.numel() else zero
 
@@ -204,6 +214,13 @@ def ppo_loss_forward(
         mean_entropy = mean(entropy)
         loss = loss - config.entropy_coef * (weights * entropy).sum()
         grad_entropy = -config.entropy_coef * weights
+    ref_kl = zero
+    if ref_logprobs is not None:
+        r = torch.where(mask, logprobs - ref_logprobs, 0.0)
+        kl = kl_penalty(r, zero, config.kl_loss_estimator)
+        ref_kl = mean(kl)
+        loss = loss + config.kl_loss_coef * (weights * kl).sum()
+        grad_logprobs += config.kl_loss_coef * weights * _kl_slope(r, config.kl_loss_estimator)
 
     stats = torch.stack(
         [
@@ -218,9 +235,10 @@ def ppo_loss_forward(
             mean(ratio),
             ratio_max,
             explained,
+            ref_kl,
         ]
     )
-    return loss, stats, weights * grad_policy, grad_values, grad_entropy
+    return loss, stats, grad_logprobs, grad_values, grad_entropy
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -299,16 +317,21 @@ def _split_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> tuple
 
 
 def aggregation_weights(
-    mask: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    aggregation: str,
+    normalizer: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """What each token's loss is multiplied by before the sum; 0 at masked places."""
-    lengths = mask.sum(dim=1)
     if normalizer is None:
-        valid = mask.sum() if aggregation == "token-mean" else (lengths > 0).sum()
+        by_token = aggregation == "token-mean"
+        valid = mask.sum() if by_token else (valid_tokens(mask, cu_seqlens) > 0).sum()
         normalizer = valid.clamp(min=1)
     weights = mask.to(dtype)
     if aggregation == "seq-mean-token-mean":
-        weights = weights / lengths.clamp(min=1)[:, None]
+        lengths = valid_tokens(mask, cu_seqlens).clamp(min=1)
+        weights = weights / at_tokens(lengths, mask, cu_seqlens)
     # `where`, since a normalizer of 0 may stand beside a mask without valid tokens.
     return torch.where(mask, weights / normalizer.to(dtype).reshape(()), 0.0)
 
@@ -331,6 +354,13 @@ def _policy_terms(
         policy = torch.where(dual_clipped, ceiling, policy)
         grad = torch.where(dual_clipped, 0.0, grad)
     return policy, grad, clipped, dual_clipped
+
+
+def _kl_slope(r: Tensor, estimator: str) -> Tensor:
+    """The derivative of `kl_penalty` by the log-probability."""
+    if estimator == "k1":
+        return torch.ones_like(r)
+    return r if estimator == "k2" else -torch.expm1(-r)
 
 
 def _value_terms(

@@ -107,6 +107,9 @@ def _ppo_loss(
     mask: Tensor,
     old_values: Tensor | None,
     returns: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     ignore_index: int,
@@ -118,6 +121,8 @@ def _ppo_loss(
     value_coef: float,
     entropy_coef: float,
     aggregation: str,
+    kl_loss_coef: float,
+    kl_loss_estimator: str,
     dtype: torch.dtype,
     chunk_size: int | None,
     group: str | None,
@@ -126,34 +131,42 @@ def _ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, dtype, chunk_size, group, backend)
     clips = (clip_range, clip_range_high, dual_clip, value_clip_range, value_coef, entropy_coef)
-    config = loss_config(*clips, aggregation)
+    of_kl = (kl_loss_coef, kl_loss_estimator)
+    config = loss_config(*clips, aggregation, *of_kl)
     # The same terms, for tokens that are not in their sequences: each is weighed afterwards.
-    per_token = loss_config(*clips, "token-mean")
+    per_token = loss_config(*clips, "token-mean", *of_kl)
     with torch.no_grad(), no_autocast(hidden):
         rows = Rows(hidden, head, targets, temperature, temperatures, ignore_index)
         chosen = loss_kernels(old_logprobs, backend)
-        weights = reference.aggregation_weights(mask, aggregation, normalizer, old_logprobs.dtype)
-        one = torch.ones_like(weights[:1, :1]).reshape(())
+        weights = reference.aggregation_weights(
+            mask, cu_seqlens, aggregation, normalizer, old_logprobs.dtype
+        )
+        one = weights.new_ones(())
 
         def slopes(
             place: slice, logprobs: Tensor, entropy: Tensor | None
         ) -> tuple[Tensor, Tensor | None]:
-            old, advantage, weight_of = (
-                rows.pick(x.reshape(-1), place) for x in (old_logprobs, advantages, weights)
-            )
-            everywhere = torch.ones_like(old, dtype=torch.bool)
-            tokens = [x[None] for x in (logprobs, old, advantage, everywhere)]
+            def of_chunk(x: Tensor | None) -> Tensor | None:
+                return None if x is None else rows.pick(x.reshape(-1), place)[None]
+
+            old, weight_of = of_chunk(old_logprobs), of_chunk(weights)
             _, _, g, _, h = chosen.ppo_loss_forward(
-                *tokens,
+                logprobs[None],
+                old,
+                of_chunk(advantages),
+                torch.ones_like(logprobs[None], dtype=torch.bool),
                 None,
                 None,
                 None,
                 # Without a bonus the entropy is a statistic alone, and its gradient is saved.
                 entropy[None] if entropy is not None and entropy_coef else None,
+                of_chunk(ref_logprobs),
+                of_chunk(importance_weights),
+                None,
                 per_token,
                 one,
             )
-            return g[0] * weight_of, None if h is None else h[0] * weight_of
+            return (g * weight_of)[0], None if h is None else (h * weight_of)[0]
 
         logprobs, entropy, gradients = _pass(rows, hidden, True, needed, slopes)
         loss, stats, _, grad_values, _ = chosen.ppo_loss_forward(
@@ -165,6 +178,9 @@ def _ppo_loss(
             old_values,
             returns,
             entropy.view(mask.shape),
+            ref_logprobs,
+            importance_weights,
+            cu_seqlens,
             config,
             normalizer,
         )
@@ -180,29 +196,11 @@ def _ppo_loss_fake(
     values: Tensor | None,
     targets: Tensor,
     old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    ignore_index: int,
-    normalizer: Tensor | None,
-    clip_range: float,
-    clip_range_high: float | None,
-    dual_clip: float | None,
-    value_clip_range: float | None,
-    value_coef: float,
-    entropy_coef: float,
-    aggregation: str,
-    dtype: torch.dtype,
-    chunk_size: int | None,
-    group: str | None,
-    backend: str | None,
-    needed: list[bool],
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, stats = old_logprobs.new_empty(()), old_logprobs.new_empty(NUM_STATS)
     of_values = old_logprobs.new_empty(0 if values is None else values.shape)
+    needed = others[-1]
     return (loss, stats, *fake_gradients(hidden, weight, bias, needed), of_values)
 
 

@@ -23,6 +23,9 @@ def _forward(
     old_values: Tensor | None,
     returns: Tensor | None,
     entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     normalizer: Tensor | None,
     clip_range: float,
     clip_range_high: float | None,
@@ -31,6 +34,8 @@ def _forward(
     value_coef: float,
     entropy_coef: float,
     aggregation: str,
+    kl_loss_coef: float,
+    kl_loss_estimator: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chosen = backends.choose("ppo_loss_forward", logprobs, backend)
@@ -42,6 +47,8 @@ def _forward(
         value_coef,
         entropy_coef,
         aggregation,
+        kl_loss_coef,
+        kl_loss_estimator,
     )
     loss, stats, grad_logprobs, grad_values, grad_entropy = chosen.ppo_loss_forward(
         logprobs,
@@ -52,6 +59,9 @@ def _forward(
         old_values,
         returns,
         entropy,
+        ref_logprobs,
+        importance_weights,
+        cu_seqlens,
         config,
         normalizer,
     )
@@ -87,10 +97,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
     ctx.has_values, ctx.has_entropy = inputs[4] is not None, inputs[7] is not None
+    ctx.inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * 17
+    gradients: list[Tensor | None] = [None] * ctx.inputs
     if grad_loss is not None:
         grad_logprobs, grad_values, grad_entropy = ctx.saved_tensors
         if ctx.needs_input_grad[0]:

@@ -107,10 +107,11 @@ def ppo_loss(
 ) -> SimpleNamespace:
     """loss, stats (dict), grads (dict of [B, T]) and scale: the sum of the terms' magnitudes."""
     x = {name: None if tensor is None else array(tensor) for name, tensor in inputs.items()}
+    x = {"ref_logprobs": None, "importance_weights": None} | x
     m = mask.bool().numpy()
     weights = ppo_weights(m, config.aggregation, normalizer)
     grads = {name: np.zeros(m.shape) for name in ("logprobs", "values", "entropy")}
-    policy, value, bonus = [], [], []
+    policy, value, bonus, divergence = [], [], [], []
     records: dict[str, list[float]] = {
         name: []
         for name in (
@@ -121,14 +122,16 @@ def ppo_loss(
             "value_clip_fraction",
             "dual_clip_fraction",
             "ratio",
+            "ref_kl",
         )
     }
     for b, t in zip(*np.nonzero(m)):
         w = weights[b, t]
         at = {name: None if v is None else float(v[b, t]) for name, v in x.items()}
         term, slope, clipped, dual, log_ratio = _policy(at, config)
-        policy.append(w * term)
-        grads["logprobs"][b, t] = w * slope
+        importance = 1.0 if at["importance_weights"] is None else at["importance_weights"]
+        policy.append(w * importance * term)
+        grads["logprobs"][b, t] = w * importance * slope
         records["clip_fraction"].append(clipped)
         records["dual_clip_fraction"].append(dual)
         records["approx_kl_k1"].append(-log_ratio)
@@ -143,6 +146,11 @@ def ppo_loss(
             bonus.append(w * at["entropy"])
             grads["entropy"][b, t] = -config.entropy_coef * w
             records["entropy"].append(at["entropy"])
+        if at["ref_logprobs"] is not None:
+            kl, slope = _kl(at["logprobs"] - at["ref_logprobs"], config.kl_loss_estimator)
+            divergence.append(w * kl)
+            grads["logprobs"][b, t] += config.kl_loss_coef * w * slope
+            records["ref_kl"].append(kl)
     stats = {name: _mean(record) for name, record in records.items() if name != "ratio"}
     stats["ratio_mean"] = _mean(records["ratio"])
     stats["ratio_max"] = max(records["ratio"], default=0.0)
@@ -152,6 +160,7 @@ def ppo_loss(
         *policy,
         *(config.value_coef * term for term in value),
         *(-config.entropy_coef * term for term in bonus),
+        *(config.kl_loss_coef * term for term in divergence),
     ]
     return SimpleNamespace(
         loss=math.fsum(parts),
@@ -173,6 +182,12 @@ def _policy(at: dict[str, Any], config: PPOLossConfig) -> tuple[float, float, fl
     if config.dual_clip is not None and advantage < 0 and -config.dual_clip * advantage < term:
         term, slope, dual = -config.dual_clip * advantage, 0.0, True
     return term, slope, float(clipped), float(dual), log_ratio
+
+
+def _kl(r: float, estimator: str) -> tuple[float, float]:
+    if estimator == "k1":
+        return r, 1.0
+    return (r * r / 2, r) if estimator == "k2" else (math.expm1(-r) + r, -math.expm1(-r))
 
 
 def _value(at: dict[str, Any], config: PPOLossConfig) -> tuple[float, float, float]:

@@ -168,7 +168,23 @@ def ppo_inputs(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
         "old_values": old_values,
         "returns": normal(rows, length, seed=seed + 5),
         "entropy": normal(rows, length, seed=seed + 6).abs(),
+        "ref_logprobs": old + normal(rows, length, seed=seed + 7, scale=0.5),
+        "importance_weights": normal(rows, length, seed=seed + 8).abs(),
     }
+
+
+def packed(mask: Tensor, *padded: Tensor) -> tuple[Tensor, ...]:
+    """cu_seqlens, then mask and tensors without padding before and behind; holes stay."""
+    spans, lengths = [], []
+    for row in mask:
+        valid = row.nonzero().flatten().tolist()
+        spans.append(slice(valid[0], valid[-1] + 1) if valid else slice(0, 0))
+        lengths.append(spans[-1].stop - spans[-1].start)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    flat = [
+        torch.cat([x[0:0].flatten(), *(r[s] for r, s in zip(x, spans))]) for x in (mask, *padded)
+    ]
+    return cu_seqlens, *flat
 
 
 def poisoned(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -136,6 +136,16 @@ VALUE_ERRORS = {
     "clip_range is 0": lambda: PPOLossConfig(clip_range=0),
     "value_clip_range is -1": lambda: PPOLossConfig(value_clip_range=-1),
     "dual_clip is 1.0; it must be above 1": lambda: PPOLossConfig(dual_clip=1.0),
+    "kl_loss_coef is inf": lambda: PPOLossConfig(kl_loss_coef=math.inf),
+    "kl_loss_estimator is 'abs'; choose one of k1, k2, k3": lambda: PPOLossConfig(
+        kl_loss_estimator="abs"
+    ),
+    "ref_logprobs has shape (2, 2); expected (2, 3)": lambda: ppo(ref_logprobs=X[:, :2]),
+    "importance_weights has shape (3,)": lambda: linear_ppo(importance_weights=X[0]),
+    "logprobs has shape (2, 3); expected 1 dimensions": lambda: ppo(cu_seqlens=torch.tensor([0])),
+    "hidden has shape (2, 3, 4); expected 2 dimensions": lambda: linear_ppo(
+        cu_seqlens=torch.tensor([0, 6])
+    ),
     "entropy_coef is nan": lambda: PPOLossConfig(entropy_coef=float("nan")),
     "aggregation is 'mean'; choose one of token-mean": lambda: PPOLossConfig(aggregation="mean"),
     "hidden has shape (3, 4); expected 3 dimensions": lambda: linear_ppo(HIDDEN[0]),
@@ -161,6 +171,7 @@ TYPE_ERRORS = {
     "rewards has dtype torch.int64": lambda: gae(X.long()),
     "mask has dtype torch.float32; expected bool": lambda: gae(mask=MASK.float()),
     "advantages has dtype torch.int64": lambda: ppo(advantages=X.long()),
+    "importance_weights has dtype torch.bool": lambda: ppo(importance_weights=MASK),
     "x has dtype torch.int64": lambda: kernels.masked_whiten(X.long(), MASK),
     "scores has dtype torch.int64": lambda: shaped(scores=X[:, 0].long()),
 }

@@ -20,7 +20,6 @@ import rlhf_kernels as kernels
 from rlhf_kernels import PPOLossConfig
 
 ROW_BACKENDS = backends_for(*ROW_PRIMITIVES)
-CONFIG = (0.2, 0.3, 1.5, 0.2, 0.5, 0.01, "token-mean")
 
 
 def row_targets():
@@ -85,12 +84,17 @@ def test_opcheck_linear_losses(backend, needed):
     old, advantages = -normal(2, 2, seed=4).abs() - 2, normal(2, 2, seed=5)
     mask = (row_targets() != -100).view(2, 2)
     value, old_value, returns = (normal(2, 2, seed=seed) for seed in (6, 7, 8))
-    for values in ([None] * 3, [value.requires_grad_(), old_value, returns]):
+    ref, weights = -normal(2, 2, seed=9).abs() - 2, normal(2, 2, seed=10).abs()
+    options = ("seq-mean-token-mean", 0.1, "k3")
+    for values, others in (
+        ([None] * 3, [None] * 3),
+        ([value.requires_grad_(), old_value, returns], [ref, weights, None]),
+    ):
         torch.library.opcheck(
             torch.ops.rlhf_kernels.linear_ppo_loss.default,
             (
-                *(*leaves, values[0], row_targets(), old, advantages, mask, *values[1:]),
-                *(0.7, None, -100, None, 0.2, None, None, 0.2, 0.5, 0.01, "seq-mean-token-mean"),
+                *(*leaves, values[0], row_targets(), old, advantages, mask, *values[1:], *others),
+                *(0.7, None, -100, None, 0.2, None, None, 0.2, 0.5, 0.01, *options),
                 *tail,
             ),
         )
@@ -127,11 +131,17 @@ def test_opcheck_ppo_loss(backend, with_all):
     inputs = ppo_inputs(3, 5)
     for name in ("logprobs", "values", "entropy"):
         inputs[name].requires_grad_()
-    head = (inputs["logprobs"], inputs["old_logprobs"], inputs["advantages"], random_mask(3, 5))
-    rest = [inputs[n] if with_all else None for n in ("values", "old_values", "returns", "entropy")]
+    head = [inputs[name] for name in ("logprobs", "old_logprobs", "advantages")]
+    mask = random_mask(3, 5)
+    rest = [inputs[name] if with_all else None for name in list(inputs)[3:]]
     normalizer = torch.tensor(9.0) if with_all else None
-    arguments = (*head, *rest, normalizer, *CONFIG, backend)
-    torch.library.opcheck(torch.ops.rlhf_kernels.ppo_loss.default, arguments)
+    config = PPOLossConfig(clip_range_high=0.3, dual_clip=1.5).arguments()
+    operator = torch.ops.rlhf_kernels.ppo_loss.default
+    torch.library.opcheck(operator, (*head, mask, *rest, None, normalizer, *config, backend))
+    flat = [None if x is None else x.detach().flatten() for x in (*head, mask, *rest)]
+    flat[0].requires_grad_()
+    cu_seqlens = torch.tensor([0, 4, 4, 15])
+    torch.library.opcheck(operator, (*flat, cu_seqlens, normalizer, *config, backend))
 
 
 def programs(backend):

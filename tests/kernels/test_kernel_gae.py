@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, random_mask
+from kernel_cases import EPS, backends_for, close, masks, normal, packed, poisoned, random_mask
 
 from rlhf_kernels import (
     gae,
@@ -39,20 +39,6 @@ def check(rewards, values, mask, gamma, lam, bootstrap, backend, **options):
         close(actual, wanted, tolerance(mask.shape[1], largest, slowest, size))
         assert (actual[~mask] == 0).all()
     return result
-
-
-def packed(mask, *padded):
-    """Without what stands before the first and after the last valid place; holes stay."""
-    spans, lengths = [], []
-    for row in mask:
-        valid = row.nonzero().flatten().tolist()
-        spans.append(slice(valid[0], valid[-1] + 1) if valid else slice(0, 0))
-        lengths.append(spans[-1].stop - spans[-1].start)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    flat = [
-        torch.cat([x[0:0].flatten(), *(r[s] for r, s in zip(x, spans))]) for x in (mask, *padded)
-    ]
-    return cu_seqlens, *flat
 
 
 @given(

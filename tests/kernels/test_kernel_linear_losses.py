@@ -57,30 +57,40 @@ BACKENDS = pytest.mark.parametrize("backend", backends_for(*ROW_PRIMITIVES))
 
 @pytest.mark.parametrize("backend", backends_for(*ROW_PRIMITIVES, "ppo_loss_forward"))
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_value_loss_is_that_of_ppo_loss(backend, aggregation):
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_terms_are_those_of_ppo_loss(backend, aggregation, packed):
     """Together in one call as from log-probabilities: the same numbers, up to the sums' order."""
-    config = PPOLossConfig(aggregation=aggregation)
-    old, advantages = -normal(3, 7, seed=4).abs() - 2, normal(3, 7, seed=5)
-    value, old_values, returns = (normal(3, 7, seed=seed) for seed in (6, 7, 8))
+    config = PPOLossConfig(aggregation=aggregation, kl_loss_coef=0.3)
+    old, ref = (-normal(3, 7, seed=seed).abs() - 2 for seed in (4, 10))
+    given = {"old_logprobs": old, "ref_logprobs": ref, "mask": MASK}
+    given["importance_weights"] = normal(3, 7, seed=9).abs()
+    for seed, name in enumerate(("advantages", "old_values", "returns"), start=5):
+        given[name] = normal(3, 7, seed=seed)
+    value, targets, shape = normal(3, 7, seed=8), TARGETS, (3, 7)
+    cu_seqlens = torch.tensor([0, 5, 5, 21]) if packed else None
+    if packed:
+        given, shape = {name: x.flatten() for name, x in given.items()}, (21,)
+        value, targets = value.flatten(), targets.flatten()
     ends = []
     for linear in (False, True):
         inputs = [*leaves(), value.clone().requires_grad_()]
-        shared = {"values": inputs[3], "old_values": old_values, "returns": returns}
+        hidden, weight, bias, values = inputs
+        hidden = hidden.view(*shape, WIDTH)
+        shared = {**given, "values": values, "cu_seqlens": cu_seqlens}
         shared |= {"config": config, "backend": backend}
+        head = {"bias": bias, "chunk_size": 4}
         if linear:
-            loss, stats = linear_ppo_loss(
-                *inputs[:2], TARGETS, old, advantages, MASK, bias=inputs[2], chunk_size=4, **shared
-            )
+            loss, stats = linear_ppo_loss(hidden, weight, targets, **shared, **head)
         else:
             logprobs, entropy = linear_token_logprobs(
-                *inputs[:2],
-                torch.where(MASK, TARGETS, -100),
-                bias=inputs[2],
+                hidden,
+                weight,
+                torch.where(given["mask"], targets, -100),
                 return_entropy=True,
-                chunk_size=4,
                 backend=backend,
+                **head,
             )
-            loss, stats = ppo_loss(logprobs, old, advantages, MASK, entropy=entropy, **shared)
+            loss, stats = ppo_loss(logprobs, entropy=entropy, **shared)
         ends.append((loss, torch.stack(stats), torch.autograd.grad(loss, inputs)))
     assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
     for x, y in zip(ends[0][2], ends[1][2], strict=True):

@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, ppo_inputs, random_mask
+from kernel_cases import (
+    EPS,
+    backends_for,
+    close,
+    masks,
+    normal,
+    packed,
+    poisoned,
+    ppo_inputs,
+    random_mask,
+)
 
 from rlhf_kernels import PPOLossConfig, PPOLossStats, ppo_loss
 from rlhf_kernels.ppo_types import PPO_STATS
@@ -20,7 +30,7 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 DIFFERENTIABLE = ("logprobs", "values", "entropy")
 
 
-def run(inputs, mask, config, backend, normalizer=None):
+def run(inputs, mask, config, backend, normalizer=None, cu_seqlens=None):
     """(loss, stats, gradients of those inputs that have one)."""
     leaves = {
         name: tensor.detach().requires_grad_()
@@ -32,6 +42,7 @@ def run(inputs, mask, config, backend, normalizer=None):
         **{name: leaves.get(name) for name in inputs},
         config=config,
         normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
         backend=backend,
     )
     wanted = [name for name in DIFFERENTIABLE if name in leaves]
@@ -65,9 +76,12 @@ def check(inputs, mask, config, backend, normalizer=None):
         {"clip_range_high": 0.4},
         {"dual_clip": 1.5},
         {"value_clip_range": None},
+        {"kl_loss_coef": 0.3, "kl_loss_estimator": "k1"},
+        {"kl_loss_coef": 0.3, "kl_loss_estimator": "k2"},
+        {"kl_loss_coef": 3.0},
         {"clip_range": 0.1, "value_coef": 2.0, "entropy_coef": 0.3, "dual_clip": 3.0},
     ],
-    ids=["default", "high", "dual", "free-value", "all"],
+    ids=["default", "high", "dual", "free-value", "k1", "k2", "k3", "all"],
 )
 def test_agrees_with_float64(backend, aggregation, options):
     # 37 × 65 tokens: more than one block of any vector width, with tails in both directions.
@@ -85,24 +99,52 @@ def test_agrees_with_float64(backend, aggregation, options):
     mask=masks(),
     aggregation=st.sampled_from(AGGREGATIONS),
     with_values=st.booleans(),
-    with_entropy=st.booleans(),
+    optional=st.sets(st.sampled_from(["entropy", "ref_logprobs", "importance_weights"])),
     dual_clip=st.sampled_from([None, 1.3]),
     seed=st.integers(0, 50),
 )
-def test_any_mask(backend, mask, aggregation, with_values, with_entropy, dual_clip, seed):
+def test_any_mask(backend, mask, aggregation, with_values, optional, dual_clip, seed):
     inputs = ppo_inputs(*mask.shape, seed=seed)
     if not with_values:
         inputs |= {"values": None, "old_values": None, "returns": None}
-    if not with_entropy:
-        inputs["entropy"] = None
+    inputs |= dict.fromkeys(optional)
     config = PPOLossConfig(aggregation=aggregation, dual_clip=dual_clip)
     check(inputs, mask, config, backend)
 
 
+@given(
+    mask=masks(),
+    aggregation=st.sampled_from(AGGREGATIONS),
+    given_normalizer=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_packed_sequences_are_as_padded_ones(backend, mask, aggregation, given_normalizer, seed):
+    inputs = ppo_inputs(*mask.shape, seed=seed)
+    config = PPOLossConfig(aggregation=aggregation, dual_clip=1.3, kl_loss_coef=0.2)
+    normalizer = 7.0 if given_normalizer else None
+    padded = run(inputs, mask, config, backend, normalizer)
+    cu_seqlens, flat_mask, *flat = packed(mask, *inputs.values())
+    series = dict(zip(inputs, flat))
+    dense = run(series, flat_mask, config, backend, normalizer, cu_seqlens=cu_seqlens.int())
+    # Only the order of addition may differ: sqrt(n) roundings of terms of order 1.
+    close(dense[0], padded[0], 32 * EPS)
+    close(torch.stack(dense[1]), torch.stack(padded[1]), 64 * EPS)
+    for name, gradient in padded[2].items():
+        close(dense[2][name][flat_mask], gradient[mask], 8 * EPS)
+        assert (dense[2][name][~flat_mask] == 0).all()
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_oracle_gradients_are_those_of_its_loss(backend, aggregation):
+@pytest.mark.parametrize("kl_loss_estimator", ["k1", "k2", "k3"])
+def test_oracle_gradients_are_those_of_its_loss(backend, aggregation, kl_loss_estimator):
     """The float64 loops themselves, by central differences, so that they can be trusted above."""
-    config = PPOLossConfig(aggregation=aggregation, dual_clip=1.5, entropy_coef=0.1)
+    config = PPOLossConfig(
+        aggregation=aggregation,
+        dual_clip=1.5,
+        entropy_coef=0.1,
+        kl_loss_coef=0.3,
+        kl_loss_estimator=kl_loss_estimator,
+    )
     inputs = {name: tensor.double() for name, tensor in ppo_inputs(3, 4).items()}
     mask = random_mask(3, 4)
     grads = oracle.ppo_loss(inputs, mask, config).grads
@@ -179,7 +221,7 @@ def test_gradient_stops_at_what_was_sampled(backend):
     loss, stats = ppo_loss(mask=random_mask(3, 5), **inputs, backend=backend)
     loss.backward()
     assert all(inputs[name].grad is not None for name in DIFFERENTIABLE)
-    for name in ("old_logprobs", "advantages", "returns", "old_values"):
+    for name in set(inputs) - set(DIFFERENTIABLE):
         assert inputs[name].grad is None
     assert isinstance(stats, PPOLossStats) and stats._fields == PPO_STATS
     assert not any(stat.requires_grad or stat.dim() for stat in stats)
@@ -232,6 +274,8 @@ def test_a_valid_nan_is_not_hidden(backend):
         "old_values": ("values", "value_loss"),
         "returns": ("values", "explained_variance"),
         "entropy": (None, "entropy"),
+        "ref_logprobs": ("logprobs", "ref_kl"),
+        "importance_weights": ("logprobs", "policy_loss"),
     }
     mask = torch.ones(3, 70, dtype=torch.bool)
     for name, (gradient, statistic) in shown.items():
@@ -281,6 +325,21 @@ def test_backward_twice_through_a_retained_graph(backend):
     first = torch.autograd.grad(loss, logprobs, retain_graph=True)[0]
     second = torch.autograd.grad(loss, logprobs, grad_outputs=torch.tensor(2.0))[0]
     assert torch.equal(second, 2 * first)
+
+
+def test_the_kl_of_close_policies_keeps_its_digits(backend):
+    """Where policies differ by 1e-4, exp(-r) - 1 + r is 5e-9: a difference would have no digits."""
+    zero = torch.zeros(2, 33)
+    r = normal(2, 33, seed=3, scale=1e-4)
+    inputs = dict.fromkeys(ppo_inputs(1, 1), None)
+    inputs |= {"logprobs": r, "old_logprobs": r, "advantages": zero, "ref_logprobs": zero}
+    config = PPOLossConfig(kl_loss_coef=1.0)
+    loss, stats, gradients = run(inputs, zero == 0, config, backend)
+    exact = torch.expm1(-r.double()) + r.double()
+    # The reference subtracts expm1, right to a unit of r: the others do better.
+    close(loss, exact.mean(), EPS * float(r.abs().max()))
+    close(stats.ref_kl, exact.mean(), EPS * float(r.abs().max()))
+    close(gradients["logprobs"], -torch.expm1(-r.double()) / 66, 4 * EPS * float(r.abs().max()))
 
 
 def test_values_inside_the_range_are_never_clipped(backend):
