@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cuda/kernels.h"
 
@@ -113,6 +114,60 @@ void whiten(Input x, Input mask, int64_t rows, int64_t columns, uintptr_t moment
                stream_of(stream));
 }
 
+// (low, high, dual, value range; infinity where there is none)
+typedef std::tuple<float, float, float, float> ClippingIn;
+
+// Log-probabilities, old ones, advantages; values, old values, returns; entropy, those of the
+// reference, importance weights; mask.
+typedef std::vector<Input> PpoInputs;
+
+// (value, entropy, KL coefficients, estimator of the KL, aggregation)
+typedef std::tuple<float, float, float, int, int> PpoWeightsIn;
+
+// (counts, weights; 0 where they are not needed; partial sums)
+typedef std::tuple<uintptr_t, uintptr_t, uintptr_t> PpoScratchIn;
+
+void ppo_loss(SequencesIn sequences, int64_t tokens, const PpoInputs& in, ClippingIn clip,
+              PpoWeightsIn weights, uintptr_t normalizer, uintptr_t loss, uintptr_t stats,
+              uintptr_t grad_logprobs, uintptr_t grad_values, uintptr_t grad_entropy,
+              PpoScratchIn scratch, uintptr_t stream) {
+  const Sequences all = sequences_in(sequences);
+  cuda::ppo_loss(
+      {
+          series(in.at(0)),
+          series(in.at(1)),
+          series(in.at(2)),
+          series(in.at(3)),
+          series(in.at(4)),
+          series(in.at(5)),
+          series(in.at(6)),
+          series(in.at(7)),
+          series(in.at(8)),
+          mask_in(in.at(9)),
+          all,
+          all.cu_seqlens ? cuda::Grid{1, tokens} : cuda::Grid{all.count, all.columns},
+          std::get<0>(clip),
+          std::get<1>(clip),
+          std::get<2>(clip),
+          std::get<3>(clip),
+          std::get<0>(weights),
+          std::get<1>(weights),
+          std::get<2>(weights),
+          KlEstimator(std::get<3>(weights)),
+          Aggregation(std::get<4>(weights)),
+          pointer<const float>(normalizer),
+          pointer<float>(loss),
+          pointer<float>(stats),
+          pointer<float>(grad_logprobs),
+          pointer<float>(grad_values),
+          pointer<float>(grad_entropy),
+          pointer<int>(std::get<0>(scratch)),
+          pointer<float>(std::get<1>(scratch)),
+          pointer<double>(std::get<2>(scratch)),
+      },
+      stream_of(stream));
+}
+
 // What the driver supports, 1000·major + 10·minor; 0 without a driver.
 int driver_version() {
   int version = 0;
@@ -134,4 +189,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("rollout", &rollout, release_gil());
   module.def("moments", &moments, release_gil());
   module.def("whiten", &whiten, release_gil());
+  module.def("ppo_loss", &ppo_loss, release_gil());
 }

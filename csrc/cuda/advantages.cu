@@ -81,16 +81,6 @@ struct GivenRewards {
   __device__ void mask_out(const Task&, int) const {}
 };
 
-__device__ inline float kl_estimate(float r, KlEstimator estimator) {
-  switch (estimator) {
-    case KlEstimator::k1: return r;
-    case KlEstimator::k2: return r * r * 0.5f;
-    case KlEstimator::k3: return exp_minus_one_minus(-r, expf(-r));
-    case KlEstimator::abs: return fabsf(r);
-  }
-  return r;
-}
-
 struct ShapedRewards {
   static constexpr bool kWantMoments = true;
   static constexpr int kBlocks = 2;
@@ -103,7 +93,8 @@ struct ShapedRewards {
 
   __device__ float operator()(const Task& task, int place, bool write) const {
     const float r = task.place.in(logprobs)[place] - task.place.in(ref_logprobs)[place];
-    const float penalty = kl_estimate(r, estimator);
+    const bool exponential = estimator == KlEstimator::k3;
+    const float penalty = kl_estimate(r, exponential ? expf(-r) : 0.0f, estimator);
     float reward = penalty * -kl_coef;
     if (place == task.end - 1) reward += scores[task.place.index];
     if (write) {

@@ -3,7 +3,8 @@
 
 #include <stdint.h>
 
-#include "cpu/kernels.h"
+#include "math/kl.h"
+#include "sequences.h"
 
 namespace rk {
 namespace cuda {

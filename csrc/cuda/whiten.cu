@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "cuda/block.h"
+#include "cuda/cell.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "math/moments.h"
@@ -10,22 +11,6 @@
 namespace rk {
 namespace cuda {
 namespace {
-
-// One place of a [rows, columns] grid.
-struct Cell {
-  int64_t row, column;
-
-  // A division of 64 bits takes tens of instructions more than one of 32.
-  __device__ Cell(int64_t place, int64_t columns) {
-    const bool small = ((place | columns) >> 32) == 0;
-    row = small ? int64_t(uint32_t(place) / uint32_t(columns)) : place / columns;
-    column = place - row * columns;
-  }
-  template <class T>
-  __device__ auto in(const T& series) const {
-    return series.data[row * series.row_stride + column];
-  }
-};
 
 __device__ inline void store(double* out, const Moments& moments) {
   out[0] = moments.count, out[1] = moments.mean, out[2] = moments.squares;
@@ -69,11 +54,6 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(const Whiten args) {
     const bool valid = cell.in(args.mask);
     args.out[i] = valid ? float((double(cell.in(args.x)) - mean) * scale + shift) : 0.0f;
   }
-}
-
-int64_t blocks_for(const Grid& grid, int64_t most) {
-  const int64_t blocks = (grid.rows * grid.columns + kTile - 1) / kTile;
-  return blocks < most ? blocks : most;
 }
 
 }  // namespace

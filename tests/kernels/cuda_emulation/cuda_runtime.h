@@ -28,7 +28,7 @@
 
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -51,7 +51,7 @@ inline std::vector<Fiber> fibers;
 inline std::vector<int64_t> gathered;  // what the threads gave in the last exchange
 inline unsigned current;
 inline jmp_buf scheduler;
-inline const std::function<void()>* body;
+inline std::function<void()> body;
 
 inline void leave() {
   if (_setjmp(fibers[current].where) == 0) _longjmp(scheduler, 1);
@@ -81,7 +81,7 @@ inline bool release(unsigned begin, unsigned end, bool for_block) {
 }
 
 inline void enter() {
-  (*body)();
+  body();
   fibers[current].ended = true;
   _longjmp(scheduler, 1);
 }
@@ -131,7 +131,7 @@ inline void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   while (fibers.size() < block.x) fibers.emplace_back();
   gathered.resize(block.x);
   gridDim = grid, blockDim = block;
-  body = &kernel;
+  body = kernel;
   for (unsigned i = 0; i < grid.x; ++i) {
     blockIdx = dim3(descending() ? grid.x - 1 - i : i);
     run_block(block.x);
@@ -193,6 +193,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
+#define CUDART_VERSION 13000
 typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess };
 
@@ -204,6 +205,7 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
