@@ -260,7 +260,9 @@ def _parts(
     parts = parts_of_sequences(count, like.numel(), _processors(like.device))
     if parts == 1:
         return 1, None, None
-    chunks = like.numel() // _cuda.CHUNK + count + 1 if packed else count * -(-columns // _cuda.CHUNK)
+    chunks = (
+        like.numel() // _cuda.CHUNK + count + 1 if packed else count * -(-columns // _cuda.CHUNK)
+    )
     return parts, _new(like, chunks, dtype=torch.int32), _new(like, chunks, 2)
 
 

@@ -1,9 +1,10 @@
 // As much of CUDA as csrc/cuda uses, for a host's compiler: the kernels as they are, on the CPU.
 //
-// The threads of a block are fibers. Each runs until it must wait for others, at a barrier or in an
-// exchange between lanes; the next one runs then, in ascending order or (RK_EMULATION_ORDER=
-// descending) the other way round, so that a missing barrier shows as a difference. Threads that wait
-// in different places, or for one that has ended, are an error.
+// The threads of a block are fibers. Each runs until it must wait for others of its warp, and each
+// warp until it must wait for the block: as far ahead of the others as the barriers let it. They do
+// so in ascending order or, with RK_EMULATION_ORDER=descending, the other way round. A missing
+// barrier shows as a wrong number. Threads that wait in different places, or for one that has ended,
+// are an error.
 #pragma once
 
 #include <math.h>
@@ -105,24 +106,34 @@ inline bool descending() {
   return order && strcmp(order, "descending") == 0;
 }
 
-inline void run_block(unsigned threads) {
-  const bool backwards = descending();
-  for (Fiber& fiber : fibers) fiber.ended = false, fiber.waits_at = 0;
-  bool fresh = true;
-  for (unsigned ended = 0; ended < threads; fresh = false) {
-    bool progress = false;
-    ended = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned thread = backwards ? threads - 1 - i : i;
-      if (!fibers[thread].ended && fibers[thread].waits_at == 0) {
-        resume(thread, fresh);
-        progress = true;
-      }
-      ended += fibers[thread].ended;
+// Lets a warp run until its threads have ended or wait for the block. False: none could run.
+inline bool run_warp(unsigned first, bool fresh) {
+  bool progress = false;
+  do {
+    for (unsigned i = 0; i < kLanes; ++i) {
+      const unsigned thread = first + (descending() ? kLanes - 1 - i : i);
+      if (fibers[thread].ended || fibers[thread].waits_at != 0) continue;
+      resume(thread, fresh);
+      progress = true;
     }
-    for (unsigned i = 0; i < threads; i += kLanes) progress |= release(i, i + kLanes, false);
-    progress |= release(0, threads, true);
-    if (!progress) throw std::runtime_error("threads wait for others that have ended");
+    fresh = false;
+  } while (release(first, first + kLanes, false));
+  return progress;
+}
+
+inline void run_block(unsigned threads) {
+  for (Fiber& fiber : fibers) fiber.ended = false, fiber.waits_at = 0;
+  for (bool fresh = true;; fresh = false) {
+    bool progress = false;
+    for (unsigned i = 0; i < threads; i += kLanes) {
+      progress |= run_warp(descending() ? threads - kLanes - i : i, fresh);
+    }
+    unsigned ended = 0;
+    for (unsigned i = 0; i < threads; ++i) ended += fibers[i].ended;
+    if (ended == threads) return;
+    if (!release(0, threads, true) && !progress) {
+      throw std::runtime_error("threads wait for others that have ended");
+    }
   }
 }
 
