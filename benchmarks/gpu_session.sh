@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-build info conformance targets grid ppo}
+PARTS=${PARTS:-build info cuda conformance targets grid ppo}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 names=() results=() seconds=()
@@ -33,7 +33,8 @@ part() { # part NAME LIMIT_SECONDS COMMAND...
 part build 240 "$PYTHON" setup.py build_ext --inplace
 part info 30 "$PYTHON" -m rlhf_kernels.info
 part targets 300 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
-part conformance 420 "$PYTHON" -m pytest tests/kernels -q
+part cuda 150 "$PYTHON" -m pytest tests/kernels -q -k cuda
+part conformance 270 "$PYTHON" -m pytest tests/kernels -q -k "not cuda"
 grid=$(mktemp -d)
 part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
 cp "$grid"/bench.csv "$grid"/bench.json "$OUT" 2>/dev/null

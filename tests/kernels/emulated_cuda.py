@@ -22,7 +22,6 @@ from rlhf_kernels import backends
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = ["advantages", "ppo_loss", "whiten"]
 # As nvcc is told to: a product and a sum are rounded each for themselves.
 FLAGS = shlex.split(
     "-std=c++17 -O2 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror"
@@ -37,7 +36,7 @@ def build(folder: Path) -> Path:
     includes += [f"-isystem{pybind11.get_include()}"]
     includes += [f"-isystem{sysconfig.get_paths()['include']}"]
     command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *includes]
-    sources = {f"{name}.o": CSRC / "cuda" / f"{name}.cu" for name in KERNELS}
+    sources = {f"{path.stem}.o": path for path in sorted((CSRC / "cuda").glob("*.cu"))}
     sources["bindings.o"] = CSRC / "bindings" / "cuda.cpp"
     running = [
         subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", str(folder / name)])

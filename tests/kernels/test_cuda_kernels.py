@@ -157,23 +157,67 @@ def test_equal_returns_explain_exactly_nothing(backend):
     assert ppo_loss(mask=mask, **inputs, backend=backend)[1].explained_variance == 0
 
 
-@pytest.mark.skipif(not EMULATED, reason="the order in which threads run can be chosen emulated")
-def test_the_order_of_threads_changes_no_bit(backend, monkeypatch):
-    def results() -> list[torch.Tensor]:
-        mask = torch.stack(masks_of(2500))
-        inputs = ppo_inputs(6, 2500)
-        x, leaves = inputs["returns"], [inputs[n].requires_grad_() for n in ("logprobs", "values")]
-        given = (x[:, 0], *(inputs[n].detach() for n in ("logprobs", "old_logprobs", "values")))
-        options = {"kl_coef": 0.1, "value_lam": 1.0, "backend": backend}
-        found = [*rollout_advantages(*given, mask, **options)]
-        found += rollout_advantages(*given, mask, **options, masked="decay")
-        config = PPOLossConfig(aggregation="seq-mean-token-mean")
-        loss, stats = ppo_loss(mask=mask, **inputs, config=config, backend=backend)
-        return [*found, loss, *stats, *torch.autograd.grad(loss, leaves)]
+def results(backend: str) -> list[torch.Tensor]:
+    mask = torch.stack(masks_of(2500))
+    inputs = ppo_inputs(6, 2500)
+    x, leaves = inputs["returns"], [inputs[n].requires_grad_() for n in ("logprobs", "values")]
+    given = (x[:, 0], *(inputs[n].detach() for n in ("logprobs", "old_logprobs", "values")))
+    options = {"kl_coef": 0.1, "value_lam": 1.0, "backend": backend}
+    found = [*rollout_advantages(*given, mask, **options)]
+    found += rollout_advantages(*given, mask, **options, masked="decay")
+    config = PPOLossConfig(aggregation="seq-mean-token-mean")
+    loss, stats = ppo_loss(mask=mask, **inputs, config=config, backend=backend)
+    return [*found, loss, *stats, *torch.autograd.grad(loss, leaves)]
 
-    for parts in (1, 2):
-        divided_in(monkeypatch, parts)
-        monkeypatch.delenv("RK_EMULATION_ORDER", raising=False)
-        ascending = results()
-        monkeypatch.setenv("RK_EMULATION_ORDER", "descending")
-        assert all(torch.equal(a, b) for a, b in zip(ascending, results())), f"{parts} parts"
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_run_to_run(backend, monkeypatch, parts):
+    divided_in(monkeypatch, parts)
+    assert all(torch.equal(a, b) for a, b in zip(results(backend), results(backend)))
+
+
+@pytest.mark.skipif(not EMULATED, reason="the order in which threads run can be chosen emulated")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_order_of_threads_changes_no_bit(backend, monkeypatch, parts):
+    divided_in(monkeypatch, parts)
+    monkeypatch.delenv("RK_EMULATION_ORDER", raising=False)
+    ascending = results(backend)
+    monkeypatch.setenv("RK_EMULATION_ORDER", "descending")
+    assert all(torch.equal(a, b) for a, b in zip(ascending, results(backend)))
+
+
+@pytest.mark.skipif(EMULATED, reason="a graph needs a GPU")
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_cuda_graph_replays_them(backend, monkeypatch, parts):
+    divided_in(monkeypatch, parts)
+    mask, static = random_mask(6, 9000), [normal(6, 9000, seed=seed) for seed in (1, 2, 3)]
+
+    def run() -> list[torch.Tensor]:
+        rollout = rollout_advantages(static[0][:, 0], *static, mask, kl_coef=0.1, backend=backend)
+        options = {"returns": rollout.returns, "values": static[2], "old_values": static[2]}
+        loss, stats = ppo_loss(*static[:2], rollout.advantages, mask, **options, backend=backend)
+        return [*rollout, loss, *stats]
+
+    run()  # what is loaded on first use is loaded before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor, seed in zip(static, (4, 5, 6)):
+        tensor.copy_(normal(6, 9000, seed=seed))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run()))
+
+
+@pytest.mark.skipif(EMULATED, reason="streams need a GPU")
+def test_the_current_stream_is_used(backend):
+    """Work queued before on the same stream comes first, without any wait on the host."""
+    x, mask = normal(64, 4096, seed=1), torch.ones(64, 4096, dtype=torch.bool)
+    expected = gae(2 * x, x, mask, backend=backend)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        late = x.clone()
+        torch.cuda._sleep(100_000_000)
+        late *= 2
+        actual = gae(late, x, mask, backend=backend)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
