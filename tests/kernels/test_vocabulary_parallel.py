@@ -29,7 +29,7 @@ from rlhf_kernels import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
-from rlhf_kernels.backends import load
+from rlhf_kernels.backends import load, unavailable_reason
 
 WORLD = 2
 WIDTH, VOCABULARY, FIRST = 6, 23, 15  # rank 0 has 15 columns, rank 1 has 8
