@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
-
 from rlhf_kernels import backends
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +30,8 @@ EMULATED = os.environ.get("RLHF_KERNELS_EMULATE_CUDA", "") not in ("", "0")
 
 def build(folder: Path) -> Path:
     """Compile the kernels and the bindings to a Python module in `folder`."""
+    import pybind11
+
     includes = [f"-I{HERE / 'cuda_emulation'}", f"-I{CSRC}"]
     includes += [f"-isystem{pybind11.get_include()}"]
     includes += [f"-isystem{sysconfig.get_paths()['include']}"]
