@@ -34,6 +34,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.foundation
 	$(BIN)/python -m benchmarks.vocabulary
+	$(BIN)/python -m benchmarks.rollout
 
 bench-regression: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave
@@ -51,9 +52,12 @@ $(VENV)/.test: $(INPUTS) | $(VENV)/.venv
 	$(BIN)/python -m rlhf_kernels.info
 	touch $@ $(VENV)/.demo
 
-# The peers that the benchmarks compare with; the tests need none of them.
+# The peers that the benchmarks compare with; the tests need none of them. verl's own requirements leave out
+# the versions of transformers and tensordict that are here; its formulas need no more than these.
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) -e ".[demo,bench,test]"
+	$(PIP) codetiming hydra-core msgpack omegaconf ray
+	$(PIP) --no-deps verl==0.9.1
 	touch $@
 
 $(VENV)/.venv:

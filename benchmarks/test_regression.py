@@ -28,6 +28,7 @@ CASES = [
         ("linear_cross_entropy", (BOTH,), HIDDEN, ("float32",)),
         ("linear_ppo_loss", (BOTH,), HIDDEN, ("float32",)),
         ("gae", (FORWARD,), SEQUENCES, ("float32",)),
+        ("rollout_advantages", (FORWARD,), SEQUENCES, ("float32",)),
         ("ppo_loss", (BOTH,), SEQUENCES, ("float32",)),
     ]
     for direction in directions

@@ -8,75 +8,19 @@ Prints tables, then met or NOT MET for each target, and writes benchmarks/result
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-
-from benchmarks.targets import (
-    RESULTS,
-    Target,
-    absence,
-    at_least,
-    at_most,
-    print_targets,
-    write_results,
-)
-from rlhf_kernels.bench import operations
-from rlhf_kernels.bench.machine import machine, print_machine
-from rlhf_kernels.bench.operation import BOTH, FORWARD, Case, default_backend, ours
+from benchmarks.session import COMPILED, EAGER, Session
+from benchmarks.targets import Target, absence, at_least, at_most
+from rlhf_kernels.bench.operation import BOTH, FORWARD
 from rlhf_kernels.bench.operations.token_logprobs import BACKWARD, ENTROPY
-from rlhf_kernels.bench.runner import Result, measure, memory_of
-from rlhf_kernels.bench.timing import warn_if_busy
+from rlhf_kernels.bench.runner import Result
 
 TRL = "trl selective_log_softmax"
-COMPILED, EAGER = "torch.compile", "eager"
 # Those that targets speak of, beside ours; the others are in `python -m rlhf_kernels.bench`.
 PEERS = ("liger cross_entropy", TRL, "flash-attn cross_entropy_loss", "quack cross_entropy")
 MIB = 2**20
-QUICK_SIZE = 512
-
-
-class Session:
-    """What has been measured so far, and the targets judged by it."""
-
-    def __init__(self, device: str, quick: bool) -> None:
-        self.device, self.quick = device, quick
-        self.results: list[Result] = []
-        self.targets: list[Target] = []
-
-    def measure(
-        self,
-        operation: str,
-        direction: str,
-        sizes: dict[str, int],
-        dtype: str,
-        *,
-        turns: int,
-        others: Sequence[str],
-        with_memory: bool = False,
-    ) -> tuple[Result, str, str | None]:
-        """The result, the name of ours in it and of the fastest floor."""
-        if self.quick:
-            sizes = {name: min(size, QUICK_SIZE) for name, size in sizes.items()}
-        case = Case(operation, direction, sizes, dtype, self.device)
-        loaded = operations.load(operation)
-        own = ours(default_backend(loaded, case))
-        only = (own, own + ENTROPY, *others)
-        used = memory_of(loaded, [case], only) if with_memory else {}
-        result = measure(
-            loaded,
-            case,
-            turns=min(turns, 2) if self.quick else turns,
-            warmup=1 if "H" in sizes else 2,
-            only=only,
-            used=used.get(case.title),
-        )
-        self.results.append(result)
-        floor = None if result.comparison is None else result.comparison.fastest(result.floors)
-        return result, own, floor
 
 
 def token_logprobs_on_cpu(session: Session, dtype: str) -> None:
@@ -188,23 +132,8 @@ def _extra_memory(what: str, result: Result, own: str, limit: float) -> Target:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    devices = ("cpu", "cuda")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=devices, default=default)
-    parser.add_argument(
-        "--quick", action="store_true", help="sizes to 512; JSON only with --output"
-    )
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    options = parser.parse_args()
-    file = "vocabulary.json" if options.device == "cpu" else "vocabulary-cuda.json"
-    output = options.output or (None if options.quick else RESULTS / file)
-    torch.manual_seed(0)
-    about = machine()
-    print_machine(about)
-    warn_if_busy()
-    session = Session(options.device, options.quick)
-    if options.device == "cpu":
+    session = Session.from_command_line(__doc__, "vocabulary")
+    if session.device == "cpu":
         token_logprobs_on_cpu(session, "float32")
         token_logprobs_on_cpu(session, "bfloat16")
         linear_on_cpu(session, "float32", 5, (COMPILED, EAGER))
@@ -213,10 +142,7 @@ def main() -> None:
     else:
         token_logprobs_on_gpu(session)
         linear_on_gpu(session)
-    print_targets(session.targets)
-    if output is not None:
-        write_results(output, about, session.results, session.targets)
-        print(f"\nwritten to {output}")
+    session.finish()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rlhf_kernels.bench.operation import (
     default_backend,
     ours,
 )
+from rlhf_kernels.bench.operations.sequences import SequenceOperation
 from rlhf_kernels.bench.operations.token_logprobs import BACKWARD
 from rlhf_kernels.bench.runner import measure
 from rlhf_kernels.bench.timing import Comparison, Variant, compare
@@ -46,11 +47,14 @@ def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 def cases() -> Iterator[Case]:
     for name in operations.OPERATIONS:
         operation = operations.load(name)
-        sizes = {"token_logprobs": LOGITS.sizes, "gae": SEQUENCES, "ppo_loss": SEQUENCES}
-        dtypes = ("float32",) if name in ("gae", "ppo_loss") else ("float32", "bfloat16")
+        sizes, dtypes = HIDDEN, ("float32", "bfloat16")
+        if name == "token_logprobs":
+            sizes = LOGITS.sizes
+        elif isinstance(operation, SequenceOperation):
+            sizes, dtypes = SEQUENCES, ("float32",)
         for direction in operation.passes:
             for dtype in dtypes:
-                yield Case(name, direction, sizes.get(name, HIDDEN), dtype, "cpu")
+                yield Case(name, direction, sizes, dtype, "cpu")
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.title)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import vocabulary
+from benchmarks import rollout, session, vocabulary
 from benchmarks.targets import RESULTS, at_least, at_most, print_targets
 from rlhf_kernels.bench import memory
 from rlhf_kernels.bench.runner import Result
@@ -44,7 +44,7 @@ def test_the_target_command_judges_the_issues_table(
     output = tmp_path / "vocabulary.json"
     arguments = ["vocabulary", "--device", "cpu", "--quick", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(vocabulary, "QUICK_SIZE", 64)
+    monkeypatch.setattr(session, "QUICK_SIZE", 64)
     vocabulary.main()
     targets = json.loads(output.read_text())["targets"]
     assert len(targets) == 26
@@ -70,20 +70,48 @@ def test_gpu_targets_are_judged_by_the_read_bandwidth() -> None:
 
 
 def test_the_kept_figures_are_of_this_format() -> None:
-    for path in RESULTS.glob("vocabulary*.json"):
+    for path in [*RESULTS.glob("vocabulary*.json"), *RESULTS.glob("rollout*.json")]:
         content = json.loads(path.read_text())
         assert content["targets"] and content["rows"] and content["machine"]["torch"]
 
 
 @pytest.mark.parametrize("judge", [vocabulary.token_logprobs_on_gpu, vocabulary.linear_on_gpu])
 def test_gpu_targets_are_judged_by_the_same_names(
-    judge: Callable[[vocabulary.Session], None], monkeypatch: pytest.MonkeyPatch
+    judge: Callable[[session.Session], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
-    monkeypatch.setattr(vocabulary, "QUICK_SIZE", 64)
-    session = vocabulary.Session("cpu", quick=True)
-    judge(session)
-    unmeasured = {target.why.split(":")[0] for target in session.targets if target.met is None}
+    monkeypatch.setattr(session, "QUICK_SIZE", 64)
+    found = session.Session("cpu", quick=True)
+    judge(found)
+    unmeasured = {target.why.split(":")[0] for target in found.targets if target.met is None}
     here = {"rlhf_kernels cpu"}  # whose memory this process cannot see
     assert unmeasured <= {*vocabulary.PEERS, *here}
-    assert len(session.targets) == (12 if judge is vocabulary.token_logprobs_on_gpu else 3)
+    assert len(found.targets) == (12 if judge is vocabulary.token_logprobs_on_gpu else 3)
+
+
+def test_rollout_targets_are_those_of_the_issue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "QUICK_SIZE", 16)
+    found = session.Session("cpu", quick=True)
+    rollout.on_cpu(found)
+    assert [(t.required, t.at_most) for t in found.targets] == [
+        (100.0, False),
+        (2.0, True),
+        (100.0, False),
+        (2.0, True),
+        (1000.0, False),
+        (50.0, False),
+        (8.0, False),
+        (2.0, False),
+    ]
+    assert all(target.met is not None for target in found.targets)
+
+
+def test_rollout_targets_on_a_gpu_are_judged_by_names_that_exist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "QUICK_SIZE", 16)
+    found = session.Session("cpu", quick=True)
+    rollout.on_gpu(found)
+    assert len(found.targets) == 6
+    unmeasured = {target.why.split(":")[0] for target in found.targets if target.met is None}
+    assert unmeasured == {rollout.LAUNCH}  # measured on GPUs alone

@@ -1,4 +1,4 @@
-// Masks of one byte a place, eight at a time.
+// Masks of one byte a place.
 #pragma once
 
 #include <stdint.h>
@@ -14,17 +14,29 @@ RK_FORMULA uint64_t ones_where_set(uint64_t bytes) {
   return ((((bytes & low) + low) | bytes) >> 7) & 0x0101010101010101;
 }
 
+#if defined(__AVX512F__)
+RK_FORMULA int64_t count_in_vector(const uint8_t* mask) {
+  const __m512i bytes = load_as<__m512i>(mask);
+  return __builtin_popcountll(_mm512_test_epi8_mask(bytes, bytes));
+}
+#elif defined(__AVX2__)
+RK_FORMULA int64_t count_in_vector(const uint8_t* mask) {
+  const __m256i masked = _mm256_cmpeq_epi8(load_as<__m256i>(mask), _mm256_setzero_si256());
+  return kVectorBytes - __builtin_popcount(unsigned(_mm256_movemask_epi8(masked)));
+}
+#else
+RK_FORMULA int64_t count_in_vector(const uint8_t* mask) {
+  // The sum of eight bytes comes out in the highest one of the product.
+  const uint64_t both = ones_where_set(load_as<uint64_t>(mask)) +
+                        ones_where_set(load_as<uint64_t>(mask + 8));
+  return int64_t(both * 0x0101010101010101 >> 56);
+}
+#endif
+
 RK_FORMULA int64_t count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
   int64_t i = 0;
-  while (i + 8 <= n) {
-    // Eight counts side by side in the bytes of a word, for as long as none can overflow.
-    const int64_t words = (n - i) / 8 < 255 ? (n - i) / 8 : 255;
-    uint64_t sums = 0;
-    for (int64_t w = 0; w < words; ++w) sums += ones_where_set(load_as<uint64_t>(mask + i + 8 * w));
-    for (; sums; sums >>= 8) count += int64_t(sums & 255);
-    i += 8 * words;
-  }
+  for (; i + kVectorBytes <= n; i += kVectorBytes) count += count_in_vector(mask + i);
   for (; i < n; ++i) count += mask[i] != 0;
   return count;
 }

@@ -93,21 +93,34 @@ double token_weight(const PpoLoss& args, const MaskSummary& summary, const Place
   return count == 0 ? 0.0 : 1.0 / (double(count) * normalizer);
 }
 
-// A piece of one sequence: `n` tokens from its token `start` on.
+// A piece of one sequence: `n` tokens, at the first of which all pointers stand.
 struct Piece {
-  const PpoLoss& args;
-  Place place;
-  int64_t start;
+  PpoLoss args;
   int64_t n;
   float weight;
   float some_return;
-
-  template <class T>
-  auto in(const T& series) const {
-    return place.in(series) + start;
-  }
-  float* out(float* data) const { return place.out(data) + start; }
 };
+
+Series moved(Series series, const Place& place, int64_t start) {
+  return {series.data ? place.in(series) + start : nullptr, series.row_stride};
+}
+
+float* moved(float* out, const Place& place, int64_t start) {
+  return out ? place.out(out) + start : nullptr;
+}
+
+PpoLoss moved(PpoLoss args, const Place& place, int64_t start) {
+  for (Series* series : {&args.logprobs, &args.old_logprobs, &args.advantages, &args.values,
+                         &args.old_values, &args.returns, &args.entropy, &args.ref_logprobs,
+                         &args.importance_weights}) {
+    *series = moved(*series, place, start);
+  }
+  args.mask.data = place.in(args.mask) + start;
+  for (float** out : {&args.grad_logprobs, &args.grad_values, &args.grad_entropy}) {
+    *out = moved(*out, place, start);
+  }
+  return args;
+}
 
 struct Whole {  // all lanes
   static RK_FORMULA Floats read(const float* from, int64_t) { return load<Float32>(from); }
@@ -138,7 +151,7 @@ struct PartialRead {
   Ints valid;
 
   RK_FORMULA Floats operator()(const Series& series) const {
-    const Floats all = Access::read(piece.in(series) + i, count);
+    const Floats all = Access::read(series.data + i, count);
     return valid ? all : Floats{};
   }
 };
@@ -168,7 +181,7 @@ RK_FORMULA void add_policy(const Piece& piece, int64_t i, int64_t count, Ints va
   if (args.importance_weights.data) of_policy *= read(args.importance_weights);
   Floats gradient = of_policy * term.gradient;
   if (args.ref_logprobs.data) gradient += weight * add_ref_kl(read, weight, lanes);
-  Access::write(piece.out(args.grad_logprobs) + i, count, gradient);
+  Access::write(args.grad_logprobs + i, count, gradient);
   // Masked lanes hold log ratio 0 and advantage 0: every term below is 0 there but the ratio.
   lanes.short_sums[kPolicyLoss] += of_policy * term.loss;
   lanes.short_sums[kLogRatio] += log_ratio;
@@ -189,7 +202,7 @@ RK_FORMULA void add_values(const Piece& piece, int64_t i, int64_t count, Ints va
   const Floats value = read(args.values);
   const Floats ret = read(args.returns);
   const auto term = value_term(value, read(args.old_values), ret, clip);
-  Access::write(piece.out(args.grad_values) + i, count, weight * args.value_coef * term.gradient);
+  Access::write(args.grad_values + i, count, weight * args.value_coef * term.gradient);
   lanes.short_sums[kValueLoss] += weight * term.loss;
   lanes.counts[kValueClipped] += term.clipped;
   const Floats error = ret - value;
@@ -206,8 +219,8 @@ template <class Access>
 RK_FORMULA void add_tokens(const Piece& piece, int64_t i, int64_t count, const PpoClipping& clip,
                            Lanes& lanes) {
   const PpoLoss& args = piece.args;
-  const uint8_t* mask = piece.in(args.mask) + i;
-  const Ints valid = __builtin_convertvector(Access::read_mask(mask, count), Ints) != 0;
+  const uint8_t* mask = args.mask.data + i;
+  const Ints valid = widen_bytes(Access::read_mask(mask, count)) != 0;
   const Floats weight = valid ? splat(piece.weight) : Floats{};
   add_policy<Access>(piece, i, count, valid, weight, clip, lanes);
   if (args.values.data) add_values<Access>(piece, i, count, valid, weight, clip, lanes);
@@ -215,18 +228,19 @@ RK_FORMULA void add_tokens(const Piece& piece, int64_t i, int64_t count, const P
     const Floats entropy = PartialRead<Access>{piece, i, count, valid}(args.entropy);
     lanes.short_sums[kEntropy] += entropy;
     lanes.short_sums[kWeightedEntropy] += weight * entropy;
-    Access::write(piece.out(args.grad_entropy) + i, count, weight * -args.entropy_coef);
+    Access::write(args.grad_entropy + i, count, weight * -args.entropy_coef);
   }
 }
 
-void flush_short_sums(Lanes& lanes) {
+RK_FORMULA void flush_short_sums(Lanes& lanes) {
   for (int s = 0; s < kNumShortSums; ++s) {
     lanes.sums[s] += __builtin_convertvector(lanes.short_sums[s], Doubles);
     lanes.short_sums[s] = Floats{};
   }
 }
 
-void add_piece(const Piece& piece, const PpoClipping& clip, Lanes& lanes) {
+// All by value: the compiler knows then that no store to an output changes it.
+Lanes add_piece(const Piece piece, const PpoClipping clip, Lanes lanes) {
   const int64_t whole = piece.n / kLanes * kLanes;
   for (int64_t i = 0; i < whole;) {
     const int64_t end = i + kShort * kLanes < whole ? i + kShort * kLanes : whole;
@@ -237,6 +251,7 @@ void add_piece(const Piece& piece, const PpoClipping& clip, Lanes& lanes) {
     add_tokens<First>(piece, whole, piece.n - whole, clip, lanes);
     flush_short_sums(lanes);
   }
+  return lanes;
 }
 
 void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClipping& clip,
@@ -251,7 +266,8 @@ void add_chunk(const PpoLoss& args, const MaskSummary& summary, const PpoClippin
     const int64_t left = place.length() - start;
     const int64_t n = left < end - token ? left : end - token;
     const float weight = float(token_weight(args, summary, place));
-    add_piece({args, place, start, n, weight, summary.some_return}, clip, lanes);
+    const Piece piece = {moved(args, place, start), n, weight, summary.some_return};
+    lanes = add_piece(piece, clip, lanes);
     token += n;
   }
   for (int s = 0; s < kNumSums; ++s) out[s] = sum_of_lanes(lanes.sums[s]);

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _grid(options: argparse.Namespace) -> Grid:
     grid = GRIDS[options.device]
     if options.quick:
-        grid = replace(grid, rows=64, hidden=64, vocabularies=(32_000,), sequences=(8, 128))
+        grid = replace(grid, rows=64, hidden=64, vocabularies=(32_000,), sequences=((8, 128),))
     return replace(
         grid,
         rows=options.rows or grid.rows,

@@ -98,6 +98,29 @@ def gae(
     return advantages, advantages + values
 
 
+def rollout_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One operation after the other, as TRL 1.12's PPO has them: advantages (whitened by the
+    unbiased variance), returns, rewards, KL."""
+    kl = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    rewards = -kl_coef * kl
+    last = mask.sum(dim=1) - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.95)
+    count = mask.sum()
+    mean = (advantages * mask).sum() / count
+    centred = advantages - mean
+    variance = (centred.square() * mask).sum() / count * (count / (count - 1))
+    whitened = (centred * torch.rsqrt(variance + 1e-8)).masked_fill(~mask, 0.0)
+    return whitened, returns, rewards, kl
+
+
 def ppo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

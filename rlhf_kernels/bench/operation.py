@@ -61,7 +61,7 @@ class Grid:
     vocabularies: tuple[int, ...]
     dtypes: tuple[str, ...]
     linear_dtypes: tuple[str, ...]
-    sequences: tuple[int, int] = (64, 1024)
+    sequences: tuple[tuple[int, int], ...] = ((64, 1024), (512, 1024))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 Run = Callable[[int], object]
 
 _SCRATCH_BYTES = 512 * 2**20
+_LONG = 0.05  # seconds that repeated calls of one turn may take before another is begun
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,14 @@ def _first_tensor(result: object) -> torch.Tensor | None:
 
 
 def _milliseconds(run: Run, calls: range, device: str) -> float:
-    """A call's time, in the mean over the calls of one turn."""
+    """A call's time, in the mean over the calls of one turn; a long one is called once."""
     if device == "cuda":
         return _cuda_milliseconds(run, calls)
-    start = time.perf_counter()
-    for call in calls:
-        run(call)
-    return (time.perf_counter() - start) / len(calls) * 1e3
+    start, seconds, done = time.perf_counter(), 0.0, 0
+    while done < len(calls) and seconds < _LONG:
+        run(calls[done])
+        seconds, done = time.perf_counter() - start, done + 1
+    return seconds / done * 1e3
 
 
 def _cuda_milliseconds(run: Run, calls: range) -> float:

@@ -12,6 +12,7 @@ OPERATIONS = (
     "linear_cross_entropy",
     "linear_ppo_loss",
     "gae",
+    "rollout_advantages",
     "ppo_loss",
 )
 

@@ -15,7 +15,17 @@ from typing import Any
 
 from rlhf_kernels.bench.timing import reason
 
-PEERS = ("torch_chunked", "trl", "liger", "flash_attn", "cut_cross_entropy", "quack")
+PEERS = (
+    "torch_chunked",
+    "trl",
+    "verl",
+    "openrlhf",
+    "torchrl",
+    "liger",
+    "flash_attn",
+    "cut_cross_entropy",
+    "quack",
+)
 
 
 @dataclass(frozen=True)
