@@ -8,9 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
-part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
-part cuda 150 "$PYTHON" -m pytest tests/kernels -q -k cuda
-part conformance 270 "$PYTHON" -m pytest tests/kernels -q -k "not cuda"
+PARTS=${PARTS:-build info targets rollout cuda conformance grid ppo}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 names=() results=() seconds=()
@@ -35,13 +33,9 @@ part() { # part NAME LIMIT_SECONDS COMMAND...
 part build 240 "$PYTHON" setup.py build_ext --inplace
 part info 30 "$PYTHON" -m rlhf_kernels.info
 part targets 300 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
-<<<<<<< HEAD
+part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
 part cuda 150 "$PYTHON" -m pytest tests/kernels -q -k cuda
 part conformance 270 "$PYTHON" -m pytest tests/kernels -q -k "not cuda"
-=======
-part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
-part conformance 420 "$PYTHON" -m pytest tests/kernels -q
->>>>>>> main
 grid=$(mktemp -d)
 part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
 cp "$grid"/bench.csv "$grid"/bench.json "$OUT" 2>/dev/null

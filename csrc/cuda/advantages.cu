@@ -75,9 +75,13 @@ struct GivenRewards {
   static constexpr int kBlocks = 3;  // of a multiprocessor, as far as registers go
   Series rewards;
 
-  __device__ float operator()(const Task& task, int place, bool) const {
-    return task.place.in(rewards)[place];
+  struct Inputs {
+    float reward;
+  };
+  __device__ Inputs read(const Task& task, int place) const {
+    return {task.place.in(rewards)[place]};
   }
+  __device__ float operator()(const Inputs& in, const Task&, int, bool) const { return in.reward; }
   __device__ void mask_out(const Task&, int) const {}
 };
 
@@ -91,8 +95,14 @@ struct ShapedRewards {
   float* rewards;
   float* kl;
 
-  __device__ float operator()(const Task& task, int place, bool write) const {
-    const float r = task.place.in(logprobs)[place] - task.place.in(ref_logprobs)[place];
+  struct Inputs {
+    float logprob, ref_logprob;
+  };
+  __device__ Inputs read(const Task& task, int place) const {
+    return {task.place.in(logprobs)[place], task.place.in(ref_logprobs)[place]};
+  }
+  __device__ float operator()(const Inputs& in, const Task& task, int place, bool write) const {
+    const float r = in.logprob - in.ref_logprob;
     const bool exponential = estimator == KlEstimator::k3;
     const float penalty = kl_estimate(r, exponential ? expf(-r) : 0.0f, estimator);
     float reward = penalty * -kl_coef;
@@ -157,6 +167,14 @@ __device__ inline void read_tile(const Advantages& args, const Rewards& rewards,
     taken[i] = __ballot_sync(kAllLanes, decay ? place >= 0 && place < task.end : valid[i]);
     if (lane == 0) counts[odd][i * kWarps + warp] = __popc(taken[i]);
   }
+  // All reads are under way before the first is waited for.
+  float values[kItems];
+  typename Rewards::Inputs inputs[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    values[i] = valid[i] ? task.place.in(args.values)[last - i * kThreads] : 0.0f;
+    inputs[i] = valid[i] ? rewards.read(task, last - i * kThreads) : typename Rewards::Inputs{};
+  }
   __syncthreads();
   const int own = counts[odd][lane];
   int up_to = own;
@@ -175,8 +193,8 @@ __device__ inline void read_tile(const Advantages& args, const Rewards& rewards,
     const bool write = kWrite && rank >= task.first && rank < task.end_rank;
     if (step) {
       const int slot = Steps::slot(rank);
-      steps.reward[slot] = valid[i] ? rewards(task, place, write) : 0.0f;
-      steps.value[slot] = valid[i] ? task.place.in(args.values)[place] : 0.0f;
+      steps.reward[slot] = valid[i] ? rewards(inputs[i], task, place, write) : 0.0f;
+      steps.value[slot] = values[i];
       steps.place[slot] = valid[i] ? place : -1;
     }
     if (write && !valid[i]) {

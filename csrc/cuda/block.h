@@ -31,12 +31,17 @@ __device__ inline T from_lane_after(const T& x, int distance) {
   return other;
 }
 
+template <class T>
+__device__ inline void add_lane_after(T& x, int distance) {
+  x.add(from_lane_after(x, distance));
+}
+
 // All the threads' x added up, in a fixed order. Every thread of the block must call, and gets it.
 template <class T>
 __device__ inline T block_total(T x) {
   __shared__ T of_warps[kWarps];
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) x.add(from_lane_after(x, distance));
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) add_lane_after(x, distance);
   if (lane_index() == 0) of_warps[warp_index()] = x;
   __syncthreads();
   T total = of_warps[0];

@@ -58,6 +58,17 @@ struct Totals {
     errors.add(other.errors);
   }
 };
+// One number after the other: a second copy of all would not fit in the registers.
+__device__ inline void add_lane_after(Totals& x, int distance) {
+#pragma unroll
+  for (double& sum : x.sums) sum += from_lane_after(sum, distance);
+#pragma unroll
+  for (double& count : x.counts) count += from_lane_after(count, distance);
+  x.ratio_max = larger_or_nan(float(x.ratio_max), float(from_lane_after(x.ratio_max, distance)));
+  x.returns.add(from_lane_after(x.returns, distance));
+  x.errors.add(from_lane_after(x.errors, distance));
+}
+
 static_assert(sizeof(Totals) == kPpoPartial * sizeof(double), "the caller allocates a block's");
 
 __device__ inline Totals totals_of(const TokenSums& own) {
