@@ -20,10 +20,11 @@ from rlhf_kernels import backends
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-# As nvcc is told to: a product and a sum are rounded each for themselves.
+# As nvcc is told to: a product and a sum are rounded each for themselves. A fortified longjmp would
+# refuse to change stacks.
 FLAGS = shlex.split(
     "-std=c++17 -O2 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror"
-    " -Wno-unknown-pragmas -DRK_ISA=cuda"
+    " -Wno-unknown-pragmas -U_FORTIFY_SOURCE -DRK_ISA=cuda"
 )
 EMULATED = os.environ.get("RLHF_KERNELS_EMULATE_CUDA", "") not in ("", "0")
 
