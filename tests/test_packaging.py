@@ -107,6 +107,19 @@ def test_where_it_can_be_built_it_was(setup_script: ModuleType) -> None:
     assert backends.unavailable_reason("cpu") is None
 
 
+def test_kernel_sources_share_no_code_between_instruction_sets() -> None:
+    """A container of the standard library would be compiled in each, for AVX-512 too, and linked once:
+    another machine could be given that copy."""
+    sources = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/math").iterdir()]
+    included = {
+        name
+        for source in sources
+        for name in re.findall(r"^#include <(.+)>", source.read_text(), re.MULTILINE)
+    }
+    types_alone = {"utility"}
+    assert {name for name in included if not name.endswith(".h")} == types_alone
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
 def test_a_compiler_without_the_headers_of_python_is_a_reason(
     setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
