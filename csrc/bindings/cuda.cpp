@@ -1,6 +1,6 @@
-// rlhf_kernels._cuda: the CUDA kernels for Python, which passes the device's addresses, sizes, strides
-// and the stream as integers. Nothing here knows torch, and importing it calls nothing of CUDA: checks
-// and allocation are the caller's (rlhf_kernels/backends/cuda.py).
+// rlhf_kernels._cuda: the CUDA kernels for Python, which passes the device's addresses, sizes,
+// strides and the stream as integers. Nothing here knows torch, and importing it calls nothing of
+// CUDA: checks and allocation are the caller's (rlhf_kernels/backends/cuda.py).
 
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>

@@ -1,10 +1,10 @@
 // Everything that follows a rollout, backwards in time: KL penalty, rewards, advantages, returns.
 //
-// The steps of a sequence are ranked from its last valid token on, holes left out (or steps too, with
-// decay), and taken in chunks of kTile ranks. So neither padding nor holes change a bit. Where few
-// sequences would leave the device idle, blocks share one: the first kernel sums up every chunk on its
-// own, the second knows from these sums what follows its chunks. Chunks are the same either way, and
-// so are the bits. (No multiplication and addition is fused unless it says so: see setup.py.)
+// The steps of a sequence are ranked from its last valid token on, holes left out (or steps too,
+// with decay), and taken in chunks of kTile ranks. So neither padding nor holes change a bit. Where
+// few sequences would leave the device idle, blocks share one: the first kernel sums up every chunk
+// on its own, the second knows from these sums what follows its chunks. Chunks are the same either
+// way, and so are the bits. (No product and sum are fused unless it says so: see setup.py.)
 
 #include <limits.h>
 #include <math.h>
@@ -52,7 +52,7 @@ struct Place {
 struct Task {
   Place place;
   int first, end_rank;
-  int end;  // one past the last valid place
+  int end;  // with decay: one past the last valid place
 };
 
 // How far a block has read: the places from `end` on, and how many steps there are among them.
@@ -81,7 +81,9 @@ struct GivenRewards {
   __device__ Inputs read(const Task& task, int place) const {
     return {task.place.in(rewards)[place]};
   }
-  __device__ float operator()(const Inputs& in, const Task&, int, bool) const { return in.reward; }
+  __device__ float operator()(const Inputs& in, const Task&, int, int, bool) const {
+    return in.reward;
+  }
   __device__ void mask_out(const Task&, int) const {}
 };
 
@@ -101,12 +103,13 @@ struct ShapedRewards {
   __device__ Inputs read(const Task& task, int place) const {
     return {task.place.in(logprobs)[place], task.place.in(ref_logprobs)[place]};
   }
-  __device__ float operator()(const Inputs& in, const Task& task, int place, bool write) const {
+  __device__ float operator()(const Inputs& in, const Task& task, int place, int rank,
+                              bool write) const {
     const float r = in.logprob - in.ref_logprob;
     const bool exponential = estimator == KlEstimator::k3;
     const float penalty = kl_estimate(r, exponential ? expf(-r) : 0.0f, estimator);
     float reward = penalty * -kl_coef;
-    if (place == task.end - 1) reward += scores[task.place.index];
+    if (rank == 0) reward += scores[task.place.index];
     if (write) {
       task.place.out(kl)[place] = penalty;
       task.place.out(rewards)[place] = reward;
@@ -133,7 +136,7 @@ __device__ inline int end_of_valid(const uint8_t* mask, int n) {
   return 0;
 }
 
-// Where to begin reading so that the step of this rank is the first, or among the first kTile, read.
+// Where to begin reading, so that the step of this rank is among the first kTile that are read.
 __device__ inline Cursor cursor_at(const Advantages& args, const Task& task, int rank) {
   if (rank == 0) return {task.place.n, 0};
   if (args.masked == MaskedStep::decay) {
@@ -193,7 +196,7 @@ __device__ inline void read_tile(const Advantages& args, const Rewards& rewards,
     const bool write = kWrite && rank >= task.first && rank < task.end_rank;
     if (step) {
       const int slot = Steps::slot(rank);
-      steps.reward[slot] = valid[i] ? rewards(inputs[i], task, place, write) : 0.0f;
+      steps.reward[slot] = valid[i] ? rewards(inputs[i], task, place, rank, write) : 0.0f;
       steps.value[slot] = values[i];
       steps.place[slot] = valid[i] ? place : -1;
     }
@@ -319,33 +322,71 @@ __device__ inline void deltas(const Steps& steps, int start, int n, float bootst
   }
 }
 
+// The task of this block.
+__device__ inline Task task_of(const Advantages& args) {
+  Task task = {{args.sequences, int64_t(blockIdx.x / args.parts)}, 0, INT_MAX, 0};
+  if (args.parts > 1) {
+    const int chunks = (task.place.n + kTile - 1) / kTile;
+    const int own = (chunks + args.parts - 1) / args.parts;
+    task.first = int(blockIdx.x % args.parts) * own * kTile;
+    task.end_rank = task.first + own * kTile;
+  }
+  if (args.masked == MaskedStep::decay) {
+    task.end = end_of_valid(task.place.in(args.mask), task.place.n);
+  }
+  return task;
+}
+
+// What follows the steps that come next: for the advantages, and for those of the returns.
+struct Following {
+  float policy, value;
+};
+
+// From the sums of all chunks of the sequence before this one, which the first pass left.
+__device__ inline Following following_of(const Rates& rates, int chunk, const float* chunk_sums) {
+  Following following = {0.0f, 0.0f};
+  for (int i = 0; i < chunk; ++i) {
+    following.policy = fmaf(rates.policy.chunk, following.policy, chunk_sums[2 * i]);
+    following.value = fmaf(rates.value.chunk, following.value, chunk_sums[2 * i + 1]);
+  }
+  return following;
+}
+
+// The moments of what a thread has seen.
+struct Seen {
+  Deviations deviations;
+  int count;
+};
+
+// Puts the thread's results in the place of its steps.
+__device__ inline void keep(const float (&advantages)[kItems], const float (&of_returns)[kItems],
+                            int start, int n, Steps& steps, Seen& seen) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int j = int(threadIdx.x) * kItems + i, slot = Steps::slot(start + j);
+    if (j >= n) break;
+    steps.reward[slot] = advantages[i];
+    steps.returns[j] = of_returns[i] + steps.value[slot];
+    if (steps.place[slot] < 0) continue;
+    seen.deviations.add(advantages[i], seen.count == 0);
+    ++seen.count;
+  }
+}
+
 // Kernel of both passes. kWrite false: the first, which leaves the sum of every chunk alone.
 template <class Rewards, bool kWrite>
 __global__ void __launch_bounds__(kThreads, Rewards::kBlocks)
     advantages_kernel(const Advantages args, const Rewards rewards, double* part_moments) {
   __shared__ Steps steps;
   __shared__ float of_warps[2][kWarps];
-  const int part = int(blockIdx.x % args.parts);
-  Task task = {{args.sequences, int64_t(blockIdx.x / args.parts)}, 0, INT_MAX, 0};
-  float* chunk_sums = nullptr;
-  if (args.parts > 1) {
-    const int chunks = (task.place.n + kTile - 1) / kTile;
-    const int own_chunks = (chunks + args.parts - 1) / args.parts;
-    task.first = part * own_chunks * kTile;
-    task.end_rank = task.first + own_chunks * kTile;
-    chunk_sums = args.chunk_sums + 2 * task.place.first_tile();
-  }
-  task.end = end_of_valid(task.place.in(args.mask), task.place.n);
+  const Task task = task_of(args);
   const Rates rates = rates_of(args.rates, task.place.index);
   const float bootstrap = args.bootstrap_values ? args.bootstrap_values[task.place.index] : 0.0f;
+  float* chunk_sums = args.parts > 1 ? args.chunk_sums + 2 * task.place.first_tile() : nullptr;
   Cursor cursor = cursor_at(args, task, max(task.first - 1, 0));
-  float following = 0.0f, following_value = 0.0f;
-  for (int chunk = 0; kWrite && chunk < task.first / kTile && cursor.end > 0; ++chunk) {
-    following = fmaf(rates.policy.chunk, following, chunk_sums[2 * chunk]);
-    following_value = fmaf(rates.value.chunk, following_value, chunk_sums[2 * chunk + 1]);
-  }
-  Deviations deviations = {};
-  int count = 0;
+  Following following = {0.0f, 0.0f};
+  if (kWrite && cursor.end > 0) following = following_of(rates, task.first / kTile, chunk_sums);
+  Seen seen = {};
   bool odd = false;
   for (int start = task.first; start < task.end_rank; start += kTile) {
     for (; cursor.steps < start + kTile && cursor.end > 0; odd = !odd) {
@@ -358,30 +399,18 @@ __global__ void __launch_bounds__(kThreads, Rewards::kBlocks)
     deltas(steps, start, n, bootstrap, rates.gamma, delta);
     const Scanned scanned = scan(delta, rates.policy, of_warps[0]);
     const Scanned of_value = rates.same ? scanned : scan(delta, rates.value, of_warps[1]);
-    if (!kWrite) {
-      if (threadIdx.x == 0) {
-        chunk_sums[2 * (start / kTile)] = scanned.of_chunk;
-        chunk_sums[2 * (start / kTile) + 1] = of_value.of_chunk;
-      }
-      continue;
+    if (kWrite) {
+      advance(delta, rates.policy, scanned, following.policy, advantages);
+      advance(delta, rates.value, of_value, following.value, of_returns);
+      keep(advantages, of_returns, start, n, steps, seen);
+      store_warp(args, task, start, n, steps);
+    } else if (threadIdx.x == 0) {
+      chunk_sums[2 * (start / kTile)] = scanned.of_chunk;
+      chunk_sums[2 * (start / kTile) + 1] = of_value.of_chunk;
     }
-    advance(delta, rates.policy, scanned, following, advantages);
-    advance(delta, rates.value, of_value, following_value, of_returns);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int j = int(threadIdx.x) * kItems + i, slot = Steps::slot(start + j);
-      if (j >= n) break;
-      steps.reward[slot] = advantages[i];
-      steps.returns[j] = of_returns[i] + steps.value[slot];
-      if (Rewards::kWantMoments && steps.place[slot] >= 0) {
-        deviations.add(advantages[i], count == 0);
-        ++count;
-      }
-    }
-    store_warp(args, task, start, n, steps);
   }
   if (Rewards::kWantMoments && kWrite) {
-    const Moments own = block_total(deviations.moments(count));
+    const Moments own = block_total(seen.deviations.moments(seen.count));
     double* out = part_moments + kMoments * blockIdx.x;
     if (threadIdx.x == 0) out[0] = own.count, out[1] = own.mean, out[2] = own.squares;
   }

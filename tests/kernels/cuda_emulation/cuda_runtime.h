@@ -3,8 +3,8 @@
 // The threads of a block are fibers. Each runs until it must wait for others of its warp, and each
 // warp until it must wait for the block: as far ahead of the others as the barriers let it. They do
 // so in ascending order or, with RK_EMULATION_ORDER=descending, the other way round. A missing
-// barrier shows as a wrong number. Threads that wait in different places, or for one that has ended,
-// are an error.
+// barrier shows as a wrong number. Threads that wait in different places, or for one that has
+// ended, are an error.
 #pragma once
 
 #include <math.h>
@@ -216,7 +216,10 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
