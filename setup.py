@@ -41,7 +41,11 @@ CUDA_ARCHITECTURES = [80, 90, 100]
 CUDA_FLAGS = shlex.split(
     "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 )
-CUDA_PROBE = "__global__ void nothing() {}\nint main() { nothing<<<1, 1>>>(); }\n"
+CUDA_PROBE = """
+#include <Python.h>
+__global__ void nothing() {}
+int main() { nothing<<<1, 1>>>(); }
+"""
 PROBE = """
 #include <Python.h>
 #include <omp.h>
@@ -98,7 +102,7 @@ def architecture_flags(nvcc: str) -> list[str]:
 
 
 def why_no_cuda() -> str | None:
-    """Compile and link the smallest CUDA program."""
+    """Compile and link the smallest CUDA program that needs what the kernels and bindings need."""
     command = nvcc_command()
     if shutil.which(command[0]) is None:
         return f"no CUDA compiler was found when it was installed (looked for {command[0]!r})"
@@ -106,7 +110,7 @@ def why_no_cuda() -> str | None:
     if not flags:
         known = ", ".join(f"sm_{number}" for number in CUDA_ARCHITECTURES)
         return f"the CUDA compiler {command[0]!r} knows none of {known}"
-    error = probe_error("probe.cu", CUDA_PROBE, [*command, *CUDA_FLAGS, *flags])
+    error = probe_error("probe.cu", CUDA_PROBE, [*command, *CUDA_FLAGS, *flags, *python_includes()])
     return None if error is None else f"the CUDA compiler {command[0]!r} does not work: {error}"
 
 
@@ -119,8 +123,8 @@ def probe_error(name: str, content: str, command: list[str]) -> str | None:
         result = subprocess.run(probe, capture_output=True, text=True)
     if result.returncode == 0:
         return None
-    lines = result.stderr.splitlines()
-    return next((line for line in lines if "error" in line), "no message").strip()
+    lines = result.stderr.splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[-1]).strip()
 
 
 def python_includes() -> list[str]:
