@@ -108,8 +108,8 @@ def test_where_it_can_be_built_it_was(setup_script: ModuleType) -> None:
 
 
 def test_kernel_sources_share_no_code_between_instruction_sets() -> None:
-    """A container of the standard library would be compiled in each, for AVX-512 too, and linked once:
-    another machine could be given that copy."""
+    """A container of the standard library would be compiled for each, and the linker keep one copy:
+    that for AVX-512, it may be, for a machine without."""
     sources = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/math").iterdir()]
     included = {
         name

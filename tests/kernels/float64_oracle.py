@@ -61,7 +61,7 @@ def gae(
     masked: str = "skip",
 ) -> tuple[np.ndarray, np.ndarray]:
     """A_t as the sum over k of (γλ)^k δ_{t+k}, not as a recursion."""
-    r, v, m = array(rewards), array(values), mask.bool().numpy()
+    r, v, m = array(rewards), array(values), mask.bool().cpu().numpy()
     advantages, returns = np.zeros(r.shape), np.zeros(r.shape)
     value_lam = lam if value_lam is None else value_lam
     for b in range(r.shape[0]):
@@ -76,14 +76,14 @@ def gae(
         values_at = [v[b, t] if m[b, t] else 0.0 for t in places]
         last = 0.0 if bootstrap_values is None else float(bootstrap_values[b])
         following = [*values_at[1:], last]
-        deltas = [x + discount * n - y for x, n, y in zip(rewards_at, following, values_at)]
+        deltas = np.array(
+            [x + discount * n - y for x, n, y in zip(rewards_at, following, values_at)]
+        )
+        powers = [(discount * x) ** np.arange(len(deltas)) for x in (decay, slow)]
         for i, t in enumerate(places):
             if not m[b, t]:
                 continue
-            sums = [
-                math.fsum((discount * x) ** k * delta for k, delta in enumerate(deltas[i:]))
-                for x in (decay, slow)
-            ]
+            sums = [float(power[: len(deltas) - i] @ deltas[i:]) for power in powers]
             advantages[b, t], returns[b, t] = sums[0], sums[1] + v[b, t]
     return advantages, returns
 
@@ -108,7 +108,7 @@ def ppo_loss(
     """loss, stats (dict), grads (dict of [B, T]) and scale: the sum of the terms' magnitudes."""
     x = {name: None if tensor is None else array(tensor) for name, tensor in inputs.items()}
     x = {"ref_logprobs": None, "importance_weights": None} | x
-    m = mask.bool().numpy()
+    m = mask.bool().cpu().numpy()
     weights = ppo_weights(m, config.aggregation, normalizer)
     grads = {name: np.zeros(m.shape) for name in ("logprobs", "values", "entropy")}
     policy, value, bonus, divergence = [], [], [], []
@@ -215,7 +215,7 @@ def _mean(record: list[float]) -> float:
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> np.ndarray:
-    s, k, m = array(scores), array(kl), mask.bool().numpy()
+    s, k, m = array(scores), array(kl), mask.bool().cpu().numpy()
     rewards = np.zeros(k.shape)
     for b in range(k.shape[0]):
         places = np.flatnonzero(m[b])
@@ -225,7 +225,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> np.ndarray:
-    v, m = array(x), mask.bool().numpy()
+    v, m = array(x), mask.bool().cpu().numpy()
     result = np.zeros(v.shape)
     if m.any():
         mean, variance = np.mean(v[m]), np.var(v[m])

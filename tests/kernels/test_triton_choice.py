@@ -72,10 +72,10 @@ def test_no_default_until_a_gpu_confirmed_it(monkeypatch):
             spec = backends.BACKENDS["triton"]._replace(default=chosen, devices=devices)
             monkeypatch.setitem(backends.BACKENDS, "triton", spec)
             backends.default.cache_clear()
-            for primitive in ("token_logprobs_forward", "token_logprobs_backward"):
+            for primitive in ("token_logprobs_forward", "gae_forward", "ppo_loss_forward"):
                 by_default = backends.default(primitive, "cuda", torch.bfloat16).NAME
                 assert by_default == wanted
-            assert backends.default("gae_forward", "cuda", torch.float32).NAME == "reference"
+            assert backends.default("kl_penalty", "cuda", torch.float32).NAME == "reference"
             assert ("by name only" in info._state("triton")) is not chosen
     finally:
         for cache in (backends.default, backends.unavailable_reason):
@@ -94,8 +94,8 @@ def test_by_name_where_it_is_not_made_for(monkeypatch):
     backends.named.cache_clear()
     with pytest.raises(UnsupportedOperationError, match="runs on cuda tensors, not on cpu ones"):
         backends.choose("token_logprobs_forward", torch.zeros(2, 3), "triton")
-    with pytest.raises(UnsupportedOperationError, match="does not implement gae_forward"):
-        backends.named("triton", "gae_forward", "cuda", torch.float32)
+    with pytest.raises(UnsupportedOperationError, match="does not implement kl_penalty"):
+        backends.named("triton", "kl_penalty", "cuda", torch.float32)
     backends.named.cache_clear()
 
 

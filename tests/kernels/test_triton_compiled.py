@@ -15,7 +15,7 @@ if INTERPRETED:
 
 from triton_targets import compiled_for, resources
 
-from rlhf_kernels.backends import triton as backend
+from rlhf_kernels.backends.triton import launch_token_logprobs as backend
 
 ARCHITECTURES = [80, 90, 100]
 # Rows that begin and end on 16-byte boundaries, and rows that need not.
@@ -45,7 +45,7 @@ def launch(
 
 def launch_divided(monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor, entropy: bool) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "_processors", lambda device: 132)
+        patch.setattr(backend, "processors", lambda device: 132)
         launch(logits, entropy)
 
 

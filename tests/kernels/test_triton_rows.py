@@ -27,7 +27,7 @@ from rlhf_kernels import checks, token_logprobs
 if "triton" not in backends_for(*ROW_PRIMITIVES):
     pytest.skip("Triton cannot run here", allow_module_level=True)
 
-from rlhf_kernels.backends import triton as kernels
+from rlhf_kernels.backends.triton import launch_token_logprobs as kernels
 
 # For the fixture that places tensors on the backend's device, and for `-k triton`.
 pytestmark = pytest.mark.parametrize("backend", ["triton"])
