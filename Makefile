@@ -16,10 +16,12 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m rlhf.demo --output $(OUTPUT) --seed $(SEED)
 
 # The second run has Triton interpret its kernels, on CPU tensors: in a process of its own, since that
-# is settled when Triton is imported, and torch.compile imports it too.
+# is settled when Triton is imported, and torch.compile imports it too. The third has the sources of the
+# CUDA kernels run on the CPU.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k triton
+	RLHF_KERNELS_EMULATE_CUDA=1 $(BIN)/python -m pytest tests/kernels -k "cuda and not compiled"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest tests -m slow --timeout 3600

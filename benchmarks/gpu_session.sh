@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
-PARTS=${PARTS:-build info targets rollout conformance grid ppo}
+PARTS=${PARTS:-build info targets rollout cuda conformance grid ppo}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 names=() results=() seconds=()
@@ -34,7 +34,8 @@ part build 240 "$PYTHON" setup.py build_ext --inplace
 part info 30 "$PYTHON" -m rlhf_kernels.info
 part targets 300 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
 part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
-part conformance 420 "$PYTHON" -m pytest tests/kernels -q
+part cuda 150 "$PYTHON" -m pytest tests/kernels -q -k cuda
+part conformance 270 "$PYTHON" -m pytest tests/kernels -q -k "not cuda"
 grid=$(mktemp -d)
 part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
 cp "$grid"/bench.csv "$grid"/bench.json "$OUT" 2>/dev/null

@@ -130,17 +130,44 @@ def test_a_compiler_without_the_headers_of_python_is_a_reason(
     assert "Python.h" in (setup_script.why_not_buildable() or "")
 
 
-def test_a_build_without_a_compiler_leaves_no_earlier_module(
+def test_where_cuda_can_be_built_it_was(setup_script: ModuleType) -> None:
+    reason = setup_script.why_no_cuda()
+    if reason is not None:
+        pytest.skip(reason)
+    assert importlib.util.find_spec("rlhf_kernels._cuda") is not None
+
+
+def test_a_cuda_compiler_that_does_not_work_is_a_reason(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert f"looked for {str(nvcc)!r}" in (setup_script.why_no_cuda() or "")
+    script = (
+        "#!/bin/sh\n[ $1 = --list-gpu-code ] && echo {} && exit\necho error: broken >&2\nexit 1\n"
+    )
+    nvcc.write_text(script.format("sm_80 sm_90"))
+    nvcc.chmod(0o755)
+    assert "does not work: error: broken" in (setup_script.why_no_cuda() or "")
+    nvcc.write_text(script.format("sm_52"))
+    assert "knows none of sm_80" in (setup_script.why_no_cuda() or "")
+
+
+def test_a_build_without_compilers_leaves_no_earlier_modules(
     source_tree: Path, tmp_path: Path
 ) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(source_tree, checkout)
-    left = checkout / "rlhf_kernels" / "_cpu.cpython-300-x86_64-linux-gnu.so"
-    left.touch()
-    env = {**os.environ, "CXX": "no-such-compiler"}
+    names = [f"_{backend}.cpython-300-x86_64-linux-gnu.so" for backend in ("cpu", "cuda")]
+    left = [checkout / "rlhf_kernels" / name for name in names]
+    for module in left:
+        module.touch()
+    env = {**os.environ, "CXX": "no-such-compiler", "CUDA_HOME": "/no-such-cuda"}
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=env, cwd=checkout)
-    assert not left.exists()
-    assert "no-such-compiler" in (checkout / "rlhf_kernels" / "_build_info.py").read_text()
+    assert not any(module.exists() for module in left)
+    written = (checkout / "rlhf_kernels" / "_build_info.py").read_text()
+    assert "no-such-compiler" in written and "/no-such-cuda/bin/nvcc" in written
 
 
 def build_wheel(source: Path, target: Path, env: dict[str, str] | None = None) -> Path:
@@ -186,12 +213,17 @@ def install(wheel: Path, python: Path, env: dict[str, str] | None = None) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_wheel_installs_beside_torch_alone_and_works(source_tree: Path, tmp_path: Path) -> None:
+def test_wheel_installs_beside_torch_alone_and_works(
+    source_tree: Path, tmp_path: Path, setup_script: ModuleType
+) -> None:
     wheel = build_wheel(source_tree, tmp_path / "wheels")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"rlhf", "rlhf_kernels", "rlhf_kernels-0.1.0.dist-info"}
-    assert any(re.fullmatch(r"rlhf_kernels/_cpu\..*\.so", name) for name in names)
+    built = ["_cpu"] if setup_script.why_no_cuda() is not None else ["_cpu", "_cuda"]
+    compiled = [name.split(".")[0] for name in names if name.endswith(".so")]
+    assert sorted(compiled) == [f"rlhf_kernels/{name}" for name in built]
+    assert not any(name.endswith((".cu", ".cpp", ".h")) for name in names)
     assert "rlhf_kernels/py.typed" in names
     data = [path.relative_to(ROOT).as_posix() for path in (ROOT / "rlhf/demo").glob("*.json*")]
     assert set(data) <= set(names)
@@ -201,6 +233,24 @@ def test_wheel_installs_beside_torch_alone_and_works(source_tree: Path, tmp_path
     probe = "import importlib.util as u; print(u.find_spec('transformers'), u.find_spec('numpy'))"
     assert run(python, "-c", probe, cwd=tmp_path) == "None None\n"
     assert run(python, "-c", ONE_OPERATION.format(backend="cpu"), cwd=tmp_path) == "right\n"
+    if "_cuda" in built:
+        probe = "import rlhf_kernels._cuda as m; print(m.driver_version() >= 0)"
+        assert run(python, "-c", probe, cwd=tmp_path) == "True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_without_nvcc_it_installs_and_says_why(source_tree: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "CUDA_HOME": "/no-such-cuda"}
+    wheel = build_wheel(source_tree, tmp_path / "wheels", env)
+    compiled = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert [name.split(".")[0] for name in compiled] == ["rlhf_kernels/_cpu"]
+    python = environment_with_torch_only(tmp_path / "env")
+    install(wheel, python)
+    info = run(python, "-m", "rlhf_kernels.info", cwd=tmp_path)
+    (line,) = [line for line in info.splitlines() if line.strip().startswith("cuda ")]
+    assert "not available: no CUDA compiler was found" in line
+    assert "'/no-such-cuda/bin/nvcc'" in line
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@
 #include "cpu/vector_exp.h"
 #include "math/gae.h"
 #include "math/kl.h"
+#include "math/moments.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -110,23 +111,9 @@ void dense_advantages(const Rewards& rewards, const float* values, int64_t n, fl
   }
 }
 
-struct Moments {
-  double count = 0.0, mean = 0.0, squares = 0.0;
-
-  // Those of both together (Chan et al. 1979).
-  void add(const Moments& other) {
-    const double both = count + other.count;
-    if (other.count == 0.0) return;
-    const double distance = other.mean - mean;
-    mean += distance * other.count / both;
-    squares += other.squares + distance * distance * count * other.count / both;
-    count = both;
-  }
-};
-
 // The mean first: deviations, rather than squares, keep a small variance exact.
 Moments moments_of(const float* x, int64_t n) {
-  Moments found = {double(n)};
+  Moments found = {double(n), 0.0, 0.0};
   const int64_t whole = n / kLanes * kLanes;
   Doubles sum = {}, squares = {};
   for (int64_t i = 0; i < whole; i += kLanes) {
@@ -311,7 +298,7 @@ void rollout(const Rollout& args) {
     double* scratch = args.scratch + kMoments * i;
     scratch[0] = own.count, scratch[1] = own.mean, scratch[2] = own.squares;
   }
-  Moments total;
+  Moments total = {};
   for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
     const double* own = args.scratch + kMoments * i;
     total.add({own[0], own[1], own[2]});

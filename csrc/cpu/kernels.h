@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "math/kl.h"
+#include "sequences.h"
 
 namespace rk {
 
@@ -52,30 +53,6 @@ struct TokenLogprobsBackward {
   int threads;
 };
 
-struct Series {  // float32 [rows, columns], columns contiguous
-  const float* data;  // or null where it is optional
-  int64_t row_stride;
-};
-
-struct Mask {  // one byte an element: 0 where it is masked
-  const uint8_t* data;
-  int64_t row_stride;
-};
-
-// Sequences of one series: rows of equal length, or packed one behind the other.
-struct Sequences {
-  int64_t count;
-  int64_t columns;            // of padded rows
-  const int64_t* cu_seqlens;  // [count + 1], or null: padded
-};
-
-enum class MaskedStep : int { skip, decay };
-
-struct GaeRates {
-  float gamma, lambda, value_lambda;
-  const float* per_sequence;  // [count, 3], or null
-};
-
 struct Gae {
   Sequences sequences;
   Series rewards;
@@ -88,8 +65,6 @@ struct Gae {
   float* returns;
   int threads;
 };
-
-constexpr int64_t kMoments = 3;  // number, mean, sum of squared deviations
 
 struct Rollout {
   Gae gae;              // its rewards are not read
@@ -113,8 +88,6 @@ struct Whiten {
   float* out;  // contiguous
   int threads;
 };
-
-enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 
 constexpr int64_t kPpoChunk = 4096;  // tokens whose sums are taken together
 constexpr int64_t kPpoScratch = 17;  // doubles that a chunk leaves for the final sum

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "math/host_device.h"
+#include "sequences.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -29,18 +30,6 @@ struct Place {
 RK_FORMULA int64_t tokens_of(const Sequences& sequences) {
   return sequences.cu_seqlens ? sequences.cu_seqlens[sequences.count]
                               : sequences.count * sequences.columns;
-}
-
-// The sequence in which the token stands, of all tokens counted one behind the other.
-RK_FORMULA int64_t sequence_of(const Sequences& sequences, int64_t token) {
-  const int64_t* starts = sequences.cu_seqlens;
-  if (!starts) return token / sequences.columns;
-  int64_t first = 0, after = sequences.count;  // starts[first] <= token < starts[after]
-  while (after - first > 1) {
-    const int64_t middle = (first + after) / 2;
-    (starts[middle] <= token ? first : after) = middle;
-  }
-  return first;
 }
 
 }  // namespace RK_ISA

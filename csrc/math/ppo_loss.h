@@ -37,7 +37,7 @@ RK_FORMULA auto policy_term(F ratio, F advantage, const PpoClipping& clip) {
   const auto clipped = bounded < surrogate;
   const F loss = clipped ? -bounded : -surrogate;
   const F ceiling = advantage * -clip.dual_clip;
-  const auto dual_clipped = (advantage < zero) & (ceiling < loss);
+  const decltype(advantage < zero) dual_clipped = (advantage < zero) & (ceiling < loss);
   const F slope = clipped | dual_clipped ? zero : -surrogate;
   return PolicyTerm<F, decltype(advantage < zero)>{dual_clipped ? ceiling : loss, slope, clipped,
                                                    dual_clipped};
@@ -63,7 +63,8 @@ RK_FORMULA auto value_term(F value, F old_value, F ret, const PpoClipping& clip)
   // Where a NaN comes in, the old value's too, the bounded error is NaN and is chosen.
   const F squared = bounded_error * bounded_error;
   const auto outside = (step > range) | (step < -range) | (step != step);
-  const auto clipped = outside & ((squared > error * error) | (squared != squared));
+  const decltype(step > range) clipped =
+      outside & ((squared > error * error) | (squared != squared));
   const F chosen = clipped ? bounded_error : error;
   return ValueTerm<F, decltype(step > range)>{chosen * chosen * 0.5f,
                                               clipped ? bounded_error * 0.0f : error, clipped};

@@ -5,7 +5,7 @@ imported when it is first used. The choice, in this order:
 
 1. the `backend=` argument; 2. the environment variable `RLHF_KERNELS_BACKEND`;
 3. the default: `cpu` for CPU tensors where it is built and implements the primitive for the
-   dtype, else `reference`. `triton` runs by name only: a GPU kernel becomes a default
+   dtype, else `reference`. `cuda` and `triton` run by name only: a GPU kernel becomes a default
    (`BackendSpec.default`) once a GPU has confirmed its results and its speed.
 
 A backend that was asked for by name (1 or 2) and cannot do the work raises; it is never replaced.
@@ -55,6 +55,9 @@ _ROW_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # In the order of preference; `reference` runs everything everywhere and stands last.
 BACKENDS: dict[str, BackendSpec] = {
     "cpu": BackendSpec("rlhf_kernels.backends.cpu", frozenset({"cpu"}), _ROW_DTYPES),
+    "cuda": BackendSpec(
+        "rlhf_kernels.backends.cuda", frozenset({"cuda"}), _ROW_DTYPES, default=False
+    ),
     "triton": BackendSpec(
         "rlhf_kernels.backends.triton", _triton_devices(), _ROW_DTYPES, default=False
     ),

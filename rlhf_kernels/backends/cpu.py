@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
-from rlhf_kernels.backends import reference
+from rlhf_kernels.backends import addresses, reference
+from rlhf_kernels.backends.addresses import address, float_rows, unit_columns, vector
 from rlhf_kernels.ppo_types import (
-    AGGREGATIONS,
     KL_ESTIMATORS,
     MASKED_STEPS,
     NUM_STATS,
@@ -39,7 +39,6 @@ PRIMITIVES = frozenset(
 ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABSENT = (0, 0)
 # The C library gives allocations of this size back to the system when they are freed, so each new
 # one starts out without memory pages.
 _FRESH_PAGES_BYTES = 32 * 2**20
@@ -102,7 +101,7 @@ def token_logprobs_forward(
 
     The normalization of an ignored row is 0.
     """
-    logits = _unit_columns(logits)
+    logits = unit_columns(logits)
     rows, columns = logits.shape
     targets = targets.contiguous()
     per_row, number = _temperature(temperature)
@@ -116,11 +115,11 @@ def token_logprobs_forward(
         columns,
         logits.stride(0),
         targets.data_ptr(),
-        _address(per_row),
+        address(per_row),
         number,
         ignore_index,
         logprobs.data_ptr(),
-        _address(entropy),
+        address(entropy),
         normalization.data_ptr(),
         torch.get_num_threads(),
     )
@@ -143,14 +142,14 @@ def token_logprobs_backward(
     """The gradient [N, V] of the logits, in their dtype; `out` may be `logits` itself."""
     if out is not None and out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"out has strides {out.stride()}; expected columns side by side")
-    logits = _unit_columns(logits)
+    logits = unit_columns(logits)
     rows, columns = logits.shape
     targets = targets.contiguous()
     per_row, number = _temperature(temperature)
-    grad_logprobs = _vector(grad_logprobs)
-    grad_entropy = None if grad_entropy is None else _vector(grad_entropy)
-    entropy = None if entropy is None else _vector(entropy)
-    normalization = _vector(normalization)
+    grad_logprobs = vector(grad_logprobs)
+    grad_entropy = None if grad_entropy is None else vector(grad_entropy)
+    entropy = None if entropy is None else vector(entropy)
+    normalization = vector(normalization)
     fresh = False
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype)
@@ -162,13 +161,13 @@ def token_logprobs_backward(
         columns,
         logits.stride(0),
         targets.data_ptr(),
-        _address(per_row),
+        address(per_row),
         number,
         ignore_index,
         normalization.data_ptr(),
-        _address(entropy),
+        address(entropy),
         grad_logprobs.data_ptr(),
-        _address(grad_entropy),
+        address(grad_entropy),
         out.data_ptr(),
         out.stride(0),
         fresh,
@@ -190,16 +189,16 @@ def gae_forward(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, [B, T] or packed [N], 0 at masked places."""
     advantages, returns = (torch.empty(values.shape, dtype=torch.float32) for _ in range(2))
-    bootstrap = None if bootstrap_values is None else _vector(bootstrap_values)
-    rates = None if rates is None else _vector(rates)
-    series = [_rows(x) for x in (rewards, values)]
-    mask = _unit_columns(mask)
+    bootstrap = None if bootstrap_values is None else vector(bootstrap_values)
+    rates = None if rates is None else vector(rates)
+    series = [float_rows(x) for x in (rewards, values)]
+    mask = unit_columns(mask)
     _cpu.gae(
-        _sequences(values, cu_seqlens),
-        *map(_input, series),
-        _input(mask),
-        _address(bootstrap),
-        (config.gamma, config.lam, config.value_lam, _address(rates)),
+        addresses.sequences(values, cu_seqlens),
+        *map(addresses.series, series),
+        addresses.series(mask),
+        address(bootstrap),
+        addresses.gae_rates(config, rates),
         MASKED_STEPS.index(config.masked),
         advantages.data_ptr(),
         returns.data_ptr(),
@@ -224,20 +223,20 @@ def rollout_forward(
     """Advantages, returns, rewards, KL, and the advantages' `moments`."""
     outputs = [torch.empty(values.shape, dtype=torch.float32) for _ in range(4)]
     moments = torch.empty(3, dtype=torch.float64)
-    scores = _vector(scores)
-    bootstrap = None if bootstrap_values is None else _vector(bootstrap_values)
-    rates = None if rates is None else _vector(rates)
-    series = [_rows(x) for x in (logprobs, ref_logprobs, values)]
-    mask = _unit_columns(mask)
+    scores = vector(scores)
+    bootstrap = None if bootstrap_values is None else vector(bootstrap_values)
+    rates = None if rates is None else vector(rates)
+    series = [float_rows(x) for x in (logprobs, ref_logprobs, values)]
+    mask = unit_columns(mask)
     _cpu.rollout(
-        _sequences(values, cu_seqlens),
+        addresses.sequences(values, cu_seqlens),
         scores.data_ptr(),
-        *map(_input, series),
-        _input(mask),
-        _address(bootstrap),
+        *map(addresses.series, series),
+        addresses.series(mask),
+        address(bootstrap),
         kl_coef,
         KL_ESTIMATORS.index(kl_estimator),
-        (config.gamma, config.lam, config.value_lam, _address(rates)),
+        addresses.gae_rates(config, rates),
         MASKED_STEPS.index(config.masked),
         *(output.data_ptr() for output in outputs),
         moments.data_ptr(),
@@ -257,10 +256,10 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
     if x.numel() == 0:
         return out
     columns = x.shape[-1] if x.dim() > 0 else 1
-    rows, valid = _rows(x.reshape(-1, columns)), _unit_columns(mask.reshape(-1, columns))
+    rows, valid = float_rows(x.reshape(-1, columns)), unit_columns(mask.reshape(-1, columns))
     _cpu.whiten(
-        _input(rows),
-        _input(valid),
+        addresses.series(rows),
+        addresses.series(valid),
         *rows.shape,
         mean,
         1.0 / math.sqrt(variance + eps),
@@ -288,74 +287,37 @@ def ppo_loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Loss [], statistics [NUM_STATS] and the gradients of logprobs, values and entropy."""
     shape = logprobs.shape
-    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-    value_range = math.inf if config.value_clip_range is None else config.value_clip_range
     if values is not None and config.value_clip_range is None:
         old_values = values  # takes no part: every step from it is inside an infinite range
     policy = (logprobs, old_logprobs, advantages)
     of_values = (values, old_values, returns)
     others = (entropy, ref_logprobs, importance_weights)
-    series = [None if x is None else _rows(x) for x in (*policy, *of_values, *others)]
-    mask = _unit_columns(mask)
-    normalizer = None if normalizer is None else _vector(normalizer)
+    series = [None if x is None else float_rows(x) for x in (*policy, *of_values, *others)]
+    mask = unit_columns(mask)
+    normalizer = None if normalizer is None else vector(normalizer)
     loss = torch.empty((), dtype=torch.float32)
     stats = torch.empty(NUM_STATS, dtype=torch.float32)
     grad_logprobs = torch.empty(shape, dtype=torch.float32)
     grad_values = None if values is None else torch.empty(shape, dtype=torch.float32)
     grad_entropy = None if entropy is None else torch.empty(shape, dtype=torch.float32)
-    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
     _cpu.ppo_loss(
-        _sequences(logprobs, cu_seqlens),
+        addresses.sequences(logprobs, cu_seqlens),
         logprobs.numel(),
-        [*(_ABSENT if x is None else _input(x) for x in series), _input(mask)],
-        (1.0 - config.clip_range, 1.0 + high, dual_clip, value_range),
-        (
-            config.value_coef,
-            config.entropy_coef,
-            config.kl_loss_coef,
-            KL_ESTIMATORS.index(config.kl_loss_estimator),
-            AGGREGATIONS.index(config.aggregation),
-        ),
-        _address(normalizer),
+        [*map(addresses.series, series), addresses.series(mask)],
+        addresses.clipping(config),
+        addresses.weighing(config),
+        address(normalizer),
         loss.data_ptr(),
         stats.data_ptr(),
         grad_logprobs.data_ptr(),
-        _address(grad_values),
-        _address(grad_entropy),
+        address(grad_values),
+        address(grad_entropy),
         torch.get_num_threads(),
     )
     return loss, stats, grad_logprobs, grad_values, grad_entropy
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _vector(x: Tensor) -> Tensor:
-    """Float32 without gaps."""
-    return (x if x.dtype == torch.float32 else x.float()).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Float32 with columns side by side; any row stride."""
-    return _unit_columns(x if x.dtype == torch.float32 else x.float())
-
-
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _input(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.stride(0)
-
-
-def _sequences(series: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
-    if cu_seqlens is None:
-        return series.shape[0], series.shape[1], 0
-    return cu_seqlens.numel() - 1, 0, cu_seqlens.data_ptr()
-
-
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     if isinstance(temperature, Tensor):
-        return _vector(temperature), 1.0
+        return vector(temperature), 1.0
     return None, temperature

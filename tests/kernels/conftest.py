@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated_cuda import EMULATED, install
 from hypothesis import settings
 from kernel_cases import INTERPRETED, device_of
 
@@ -18,6 +19,9 @@ if INTERPRETED:
     from interpreted_triton import correct
 
     correct()
+
+if EMULATED:
+    install()
 
 
 def pytest_configure(config: pytest.Config) -> None:

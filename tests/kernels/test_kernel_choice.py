@@ -45,7 +45,9 @@ def fresh():
 
 
 def test_unknown_backend_by_argument():
-    with pytest.raises(BackendUnavailableError, match=r"backend=.*'cudnn'.*choose one of cpu, ref"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"backend=.*'cudnn'.*choose one of cpu, cuda, ref"
+    ):
         token_logprobs(*ARGUMENTS, backend="cudnn")
 
 

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_cases import EPS, close, gradient_tolerance, normal, random_mask, row_tolerance, within
+from kernel_cases import (
+    EPS,
+    ROW_PRIMITIVES,
+    backends_for,
+    close,
+    gradient_tolerance,
+    normal,
+    random_mask,
+    row_tolerance,
+    within,
+)
 from torch import Tensor, nn
 
 from rlhf_kernels import (
@@ -19,7 +29,7 @@ from rlhf_kernels import (
     linear_ppo_loss,
     linear_token_logprobs,
 )
-from rlhf_kernels.backends import BACKENDS, load, unavailable_reason
+from rlhf_kernels.backends import load, unavailable_reason
 
 WORLD = 2
 WIDTH, VOCABULARY, FIRST = 6, 23, 15  # rank 0 has 15 columns, rank 1 has 8
@@ -323,7 +333,7 @@ def test_under_fsdp2_and_ddp(ranks):
         assert "weight is a DTensor" in found["fsdp error"]
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if unavailable_reason(name) is None])
+@pytest.mark.parametrize("name", backends_for(*ROW_PRIMITIVES))
 def test_rows_whose_target_is_elsewhere(name):
     """Their softmax counts, no column is the target's, and the log-probability is 0."""
     kernels, logits = load(name), normal(3, 11, seed=7)
