@@ -197,21 +197,26 @@ def _rates(
 ) -> tuple[GAEConfig, Tensor | None]:
     """The numbers, and where one of them is a tensor, all three of each sequence [B, 3]."""
     checks.one_of("masked", masked, MASKED_STEPS)
-    rates = [
-        x.expand(sequences) if isinstance(x, Tensor) and x.dim() == 0 else x
-        for x in (gamma, lam, lam if value_lam is None else value_lam)
-    ]
-    for name, value in zip(("gamma", "lam", "value_lam"), rates, strict=True):
+    value_lam = lam if value_lam is None else value_lam
+    given = {"gamma": gamma, "lam": lam, "value_lam": value_lam}
+    numbers = []
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            checks.unit_interval(name, value)
+            numbers.append(float(value))
+            continue
+        numbers.append(1.0)
+        value = value.expand(sequences) if value.dim() == 0 else value
         checks.rate(name, value, series, sequences)
-    numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in rates]
+        given[name] = value.detach().to(dtype)
     config = GAEConfig(numbers[0], numbers[1], numbers[2], masked)
-    if not any(isinstance(value, Tensor) for value in rates):
+    if not any(isinstance(value, Tensor) for value in given.values()):
         return config, None
     columns = [
-        value.detach().to(dtype)
+        value
         if isinstance(value, Tensor)
         else torch.full((sequences,), value, dtype=dtype, device=series.device)
-        for value in rates
+        for value in given.values()
     ]
     return config, torch.stack(columns, dim=1)
 

@@ -99,10 +99,8 @@ def _in_order(name: str, tensor: Tensor, cu_seqlens: Tensor) -> None:
         )
 
 
-def rate(name: str, value: float | Tensor, like_tensor: Tensor, sequences: int) -> None:
-    """A number in [0, 1], or a tensor [B] of them."""
-    if not isinstance(value, Tensor):
-        return unit_interval(name, value)
+def rate(name: str, value: Tensor, like_tensor: Tensor, sequences: int) -> None:
+    """Numbers [B] in [0, 1]."""
     floating(**{name: value})
     shape(name, value, (sequences,), "one a sequence")
     same_device("rewards", like_tensor, **{name: value})

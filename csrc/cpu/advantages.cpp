@@ -279,8 +279,8 @@ Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   return moments_of(advantages, span.valid);
 }
 
-// 100 µs of work for one core: below it, waiting for a second one may cost more than it saves.
-int threads_for(int64_t tokens, int threads) { return tokens < 100000 ? 1 : threads; }
+// Below this many tokens, waiting for a second core may cost more than it saves.
+int threads_for(int64_t tokens, int threads) { return tokens < 32768 ? 1 : threads; }
 
 }  // namespace
 

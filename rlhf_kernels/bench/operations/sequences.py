@@ -20,7 +20,7 @@ class SequenceOperation(Operation):
     """Its inputs are small enough for a cache, as in training, where they were just made."""
 
     passes: tuple[str, ...] = (FORWARD,)
-    calls_per_turn = 5
+    calls_per_turn = 20  # a slow variant makes fewer
     floor_moves_all = False
     series: int  # float32 tensors [B, T] among inputs and outputs
 
