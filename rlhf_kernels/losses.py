@@ -101,13 +101,13 @@ def ppo_loss(
     fixed = {name: _constant(tensor, dtype) for name, tensor in constants.items()}
     loss, stats, *_ = _ppo_loss(
         logprobs,
+        None if values is None else values.to(dtype),
+        None if entropy is None else entropy.to(dtype),
         fixed["old_logprobs"],
         fixed["advantages"],
         checks.as_mask(mask),
-        None if values is None else values.to(dtype),
         fixed["old_values"],
         fixed["returns"],
-        None if entropy is None else entropy.to(dtype),
         fixed["ref_logprobs"],
         fixed["importance_weights"],
         cu_seqlens,

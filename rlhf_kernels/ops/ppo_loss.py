@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_kernels import backends
-from rlhf_kernels.ops import define
+from rlhf_kernels.ops.formed_gradients import define_loss
 from rlhf_kernels.ppo_types import NUM_STATS, PPOLossConfig
 
 loss_config = functools.lru_cache(maxsize=64)(PPOLossConfig)
@@ -16,13 +16,13 @@ loss_config = functools.lru_cache(maxsize=64)(PPOLossConfig)
 
 def _forward(
     logprobs: Tensor,
+    values: Tensor | None,
+    entropy: Tensor | None,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    values: Tensor | None,
     old_values: Tensor | None,
     returns: Tensor | None,
-    entropy: Tensor | None,
     ref_logprobs: Tensor | None,
     importance_weights: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -74,15 +74,7 @@ def _forward(
 
 
 def _fake(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
-    entropy: Tensor | None,
-    *others: Any,
+    logprobs: Tensor, values: Tensor | None, entropy: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def gradient(of: Tensor | None) -> Tensor:
         return logprobs.new_empty(0 if of is None else logprobs.shape)
@@ -91,26 +83,4 @@ def _fake(
     return loss, stats, gradient(logprobs), gradient(values), gradient(entropy)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, stats, *gradients = output
-    ctx.mark_non_differentiable(stats, *gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.has_values, ctx.has_entropy = inputs[4] is not None, inputs[7] is not None
-    ctx.inputs = len(inputs)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if grad_loss is not None:
-        grad_logprobs, grad_values, grad_entropy = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
-            gradients[0] = grad_loss * grad_logprobs
-        if ctx.has_values and ctx.needs_input_grad[4]:
-            gradients[4] = grad_loss * grad_values
-        if ctx.has_entropy and ctx.needs_input_grad[7]:
-            gradients[7] = grad_loss * grad_entropy
-    return tuple(gradients)
-
-
-ppo_loss = define("ppo_loss", _forward, _fake, _setup_context, _backward)
+ppo_loss = define_loss("ppo_loss", _forward, _fake, statistics=1)

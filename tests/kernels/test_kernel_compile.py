@@ -131,14 +131,19 @@ def test_opcheck_ppo_loss(backend, with_all):
     inputs = ppo_inputs(3, 5)
     for name in ("logprobs", "values", "entropy"):
         inputs[name].requires_grad_()
-    head = [inputs[name] for name in ("logprobs", "old_logprobs", "advantages")]
-    mask = random_mask(3, 5)
-    rest = [inputs[name] if with_all else None for name in list(inputs)[3:]]
+    series = [
+        inputs[name] if with_all or name in ("logprobs", "old_logprobs", "advantages") else None
+        for name in (
+            *("logprobs", "values", "entropy", "old_logprobs", "advantages"),
+            *("old_values", "returns", "ref_logprobs", "importance_weights"),
+        )
+    ]
+    series.insert(5, random_mask(3, 5))
     normalizer = torch.tensor(9.0) if with_all else None
     config = PPOLossConfig(clip_range_high=0.3, dual_clip=1.5).arguments()
     operator = torch.ops.rlhf_kernels.ppo_loss.default
-    torch.library.opcheck(operator, (*head, mask, *rest, None, normalizer, *config, backend))
-    flat = [None if x is None else x.detach().flatten() for x in (*head, mask, *rest)]
+    torch.library.opcheck(operator, (*series, None, normalizer, *config, backend))
+    flat = [None if x is None else x.detach().flatten() for x in series]
     flat[0].requires_grad_()
     cu_seqlens = torch.tensor([0, 4, 4, 15])
     torch.library.opcheck(operator, (*flat, cu_seqlens, normalizer, *config, backend))
