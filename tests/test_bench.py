@@ -276,7 +276,8 @@ def test_memory_of_a_case_is_measured_in_a_fresh_process() -> None:
     gradients = 3 * 512 * 4096 * 4
     kept = {name: used.kept / gradients for name, used in found[case.title].items()}
     assert kept == {own: approx(1, rel=0.1), "eager": approx(1, rel=0.1)}
-    assert found[case.title]["eager"].extra > found[case.title][own].extra > 0
+    # The gradients are scaled in place: beyond them nothing large is needed.
+    assert found[case.title]["eager"].extra > gradients > 10 * found[case.title][own].extra
 
 
 def test_the_command_writes_whole_files(
