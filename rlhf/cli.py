@@ -42,6 +42,32 @@ class Command:
     run: Callable[[Any], None]
 
 
+def _resume_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        nargs="?",
+        const="latest",
+        help="go on from a checkpoint: its folder, or nothing for the newest in output_dir",
+    )
+    parser.add_argument(
+        "--resume_allow",
+        type=list[str],
+        default=[],
+        help="settings that may differ from those that the checkpoint was written with, as in "
+        "[total_updates,world_size]",
+    )
+
+
+def train(trainer: Any, args: Any) -> None:
+    """Run a trainer, from a checkpoint if that was asked for, and print its last figures."""
+    if args.resume is not None:
+        trainer.resume(args.resume, args.resume_allow)
+    metrics = trainer.train()
+    if trainer.world.is_main:
+        report(metrics, trainer.config.output_dir)
+
+
 # rlhf sft
 
 
@@ -51,6 +77,7 @@ def _sft_arguments(parser: Any) -> None:
     parser.add_argument("--model", type=str, required=True, help="Hugging Face folder or id")
     parser.add_argument("--data", type=str, required=True, help=f"demonstrations: {DATA}")
     parser.add_argument("--eval_data", type=str | None, help="held-out demonstrations, likewise")
+    _resume_arguments(parser)
     parser.add_class_arguments(SFTConfig)
 
 
@@ -59,7 +86,7 @@ def _run_sft(args: Any) -> None:
 
     config = config_from(args, SFTConfig)
     trainer = SFTTrainer(config, args.model, None, args.data, args.eval_data)
-    report(trainer.train(), config.output_dir)
+    train(trainer, args)
 
 
 # rlhf reward
@@ -73,6 +100,7 @@ def _reward_arguments(parser: Any) -> None:
     )
     parser.add_argument("--data", type=str, required=True, help=f"preference pairs: {DATA}")
     parser.add_argument("--eval_data", type=str | None, help="held-out pairs, likewise")
+    _resume_arguments(parser)
     parser.add_class_arguments(RewardConfig)
 
 
@@ -81,7 +109,7 @@ def _run_reward(args: Any) -> None:
 
     config = config_from(args, RewardConfig)
     trainer = RewardTrainer(config, args.model, None, args.data, args.eval_data)
-    report(trainer.train(), config.output_dir)
+    train(trainer, args)
 
 
 # rlhf ppo
@@ -95,6 +123,7 @@ def _ppo_arguments(parser: Any) -> None:
     )
     parser.add_argument("--prompts", type=str, required=True, help=f"prompts: {DATA}")
     parser.add_argument("--reward", type=str, required=True, help=REWARD)
+    _resume_arguments(parser)
     parser.add_class_arguments(PPOConfig)
 
 
@@ -104,7 +133,7 @@ def _run_ppo(args: Any) -> None:
 
     config, reward = config_from(args, PPOConfig), load_reward(args.reward)
     trainer = PPOTrainer(config, args.policy, args.policy, args.prompts, reward)
-    report(trainer.train(), config.output_dir)
+    train(trainer, args)
 
 
 # rlhf pipeline

@@ -24,6 +24,7 @@ from rlhf.data import (
     split_slice,
 )
 from rlhf.engine import check_config
+from rlhf.engine.resume import fingerprint
 from rlhf.models import causal_config, context_length, length_limit, load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.prompts import PromptRow, check_room_to_close, encode_prompts, read_prompts
@@ -36,7 +37,7 @@ from rlhf.reward import (
     read_pairs,
 )
 from rlhf.sft import SFTConfig, SFTTrainer, read_demonstrations
-from rlhf.stages import Stage, StageRunner, fingerprint
+from rlhf.stages import Stage, StageRunner
 
 # The pipeline gives these to its stages, so that the three of them agree.
 SHARED = ("output_dir", "template")
@@ -246,6 +247,7 @@ class RLHFPipeline:
             config.sft_data,
             config.sft_eval_data,
         )
+        trainer.resume_if_possible()
         return trainer.train()
 
     def _run_reward(self, folder: Path) -> dict[str, Any]:
@@ -257,6 +259,7 @@ class RLHFPipeline:
             config.preference_data,
             config.preference_eval_data,
         )
+        trainer.resume_if_possible()
         return trainer.train()
 
     def _run_ppo(self, folder: Path) -> dict[str, Any]:
@@ -268,6 +271,7 @@ class RLHFPipeline:
             self.config.prompts,
             RewardModel.from_pretrained(self.folder / "reward"),
         )
+        trainer.resume_if_possible()
         return trainer.train()
 
 

@@ -94,6 +94,7 @@ class RewardTrainer(SupervisedTrainer):
     """
 
     title = "reward"
+    sequences_per_example = 2
     config_class = RewardConfig
 
     def __init__(
@@ -126,13 +127,15 @@ class RewardTrainer(SupervisedTrainer):
             encode_pairs(held_out, config, self.model, chat_format, eval_source) if held_out else []
         )
         self.has_eval = bool(self.eval_pairs)
-        self._start([tokens(pair) for pair in self.train_pairs], sequences_per_example=2)
+        self._start([tokens(pair) for pair in self.train_pairs], train_data, eval_data)
 
     def _weight(self, index: int) -> int:
         return 1
 
-    def _loss(self, indices: list[int], normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        margins = self._margins([self.train_pairs[index] for index in indices])
+    def _loss(
+        self, model: Any, indices: list[int], normalizer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        margins = self._margins(model, [self.train_pairs[index] for index in indices])
         loss = -logsigmoid(margins).sum() / normalizer
         detached = margins.detach()
         statistics = {
@@ -141,16 +144,16 @@ class RewardTrainer(SupervisedTrainer):
         }
         return loss, statistics
 
-    def _margins(self, pairs: list[EncodedPair]) -> Tensor:
+    def _margins(self, model: Any, pairs: list[EncodedPair]) -> Tensor:
         """Score of chosen minus score of rejected, fp32 [n], from one forward pass."""
         sides = [p.chosen.input_ids for p in pairs] + [p.rejected.input_ids for p in pairs]
-        chosen, rejected = self._scores(sides).chunk(2)
+        chosen, rejected = self._scores(model, sides).chunk(2)
         return chosen - rejected
 
-    def _scores(self, sequences: list[list[int]]) -> Tensor:
+    def _scores(self, model: Any, sequences: list[list[int]]) -> Tensor:
         device = self.engine.device
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id)
-        return last_token_scores(self.model, ids.to(device), mask.to(device))
+        return last_token_scores(model, ids.to(device), mask.to(device))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -164,16 +167,18 @@ class RewardTrainer(SupervisedTrainer):
         """
         if not self.has_eval:
             return {}
-        self.engine.model.eval()
-        pairs = sorted(self.eval_pairs, key=tokens)
-        found = []
-        for batch in chunks(pairs, self._micro_batch):
-            with self.engine.autocast():
-                found.append(self._margins(batch))
-        margins = torch.cat(found).double()
-        sums = torch.stack([correct(margins).sum(), -logsigmoid(margins).sum(), margins.sum()])
-        count = self.engine.world.all_reduce_sum(torch.tensor(float(len(pairs)))).item()
-        right, loss, margin = self.engine.world.all_reduce_sum(sums).tolist()
+        engine, pairs = self.engine, self.eval_pairs
+        engine.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        for part in self._micro_batches(range(len(pairs)), [tokens(pair) for pair in pairs]):
+            batch = [pairs[index] for index in part or [0]]
+            with engine.autocast():
+                margins = engine.run(lambda model: self._margins(model, batch))  # noqa: B023
+            found = margins.double()
+            if part:
+                sums += torch.stack([correct(found).sum(), -logsigmoid(found).sum(), found.sum()])
+        right, loss, margin = self.world.all_reduce_sum(sums).tolist()
+        count = float(len(pairs))
         low, high = proportion_confint(right, count, alpha=0.05, method="wilson")
         return {
             "eval_loss": loss / count,
@@ -193,15 +198,21 @@ class RewardTrainer(SupervisedTrainer):
         drawn = random.Random(self.config.seed).sample(self.train_pairs, count)
         pairs = sorted(drawn, key=tokens)
         sequences = [s.input_ids for pair in pairs for s in (pair.chosen, pair.rejected)]
-        scores = [self._scores(batch) for batch in chunks(sequences, self.config.micro_batch_size)]
+        # On every rank, since FSDP needs them all for each forward pass anyway.
+        scores = [
+            self.engine.run(lambda model: self._scores(model, batch))  # noqa: B023
+            for batch in chunks(sequences, self.config.micro_batch_size)
+        ]
         mean = torch.cat(scores).double().mean().item()
         self.model.config.reward_mean = mean
         return {"reward_mean": mean}
 
     def save(self) -> None:
         """Write the reward model and its tokenizer to ``config.output_dir``."""
-        if self.engine.world.is_main:
-            self.reward_model.save_pretrained(self.config.output_dir)
+        weights = self.engine.whole_weights()
+        if self.world.is_main:
+            self.reward_model.save_pretrained(self.config.output_dir, weights)
+        self.world.barrier()
 
 
 def correct(margins: Tensor) -> Tensor:

@@ -60,14 +60,17 @@ class RewardModel:
         template = getattr(model.config, "reward_template", "auto")
         return cls(model, load_tokenizer(folder), template)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
         """Write a Hugging Face folder; ``AutoModelForSequenceClassification`` loads it too.
 
-        Its config carries ``reward_mean`` and ``reward_template`` beside the usual entries. The
-        logits of the plain class are the scores before the mean is taken off.
+        The model's weights are ``weights`` if they are given. Its config carries ``reward_mean``
+        and ``reward_template`` beside the usual entries. The logits of the plain class are the
+        scores before the mean is taken off.
         """
         self.model.config.reward_template = self.template
-        save_model(self.model, self.tokenizer, folder)
+        save_model(self.model, self.tokenizer, folder, weights)
 
     def score(
         self,

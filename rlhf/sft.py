@@ -22,7 +22,6 @@ from rlhf.data import (
     to_demonstrations,
 )
 from rlhf.engine import check_kernels, save_model
-from rlhf.engine.batching import chunks
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     check_linear_head,
@@ -93,22 +92,26 @@ class SFTTrainer(SupervisedTrainer):
         eval_source = source_name(train_data if eval_data is None else eval_data)
         self.eval_examples = encode_demonstrations(held_out, chat_format, limit, eval_source)
         self.has_eval = bool(self.eval_examples)
-        self._start([len(e.input_ids) for e in self.train_examples], sequences_per_example=1)
+        self._start([len(e.input_ids) for e in self.train_examples], train_data, eval_data)
 
     def _weight(self, index: int) -> int:
         return trained_tokens(self.train_examples[index])
 
-    def _loss(self, indices: list[int], normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._examples_loss([self.train_examples[i] for i in indices], normalizer), {}
+    def _loss(
+        self, model: Any, indices: list[int], normalizer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._examples_loss(model, [self.train_examples[i] for i in indices], normalizer), {}
 
-    def _examples_loss(self, examples: list[EncodedExample], normalizer: Tensor) -> Tensor:
+    def _examples_loss(
+        self, model: Any, examples: list[EncodedExample], normalizer: Tensor
+    ) -> Tensor:
         device = self.engine.device
         ids, attended = pad_right([e.input_ids for e in examples], self.tokenizer.pad_token_id)
         trained, _ = pad_right([e.loss_mask for e in examples], 0)
         ids, attended, trained = ids.to(device), attended.to(device), trained.bool().to(device)
         # A position predicts the next token; only positions whose next one is trained go on.
-        hidden = hidden_states(self.model, ids, attended)[:, :-1][trained[:, 1:]]
-        weight, bias = lm_head(self.model)
+        hidden = hidden_states(model, ids, attended)[:, :-1][trained[:, 1:]]
+        weight, bias = lm_head(model)
         return linear_cross_entropy(
             hidden,
             weight,
@@ -127,23 +130,26 @@ class SFTTrainer(SupervisedTrainer):
         """
         if not self.has_eval:
             return {}
-        engine = self.engine
-        examples = sorted(self.eval_examples, key=lambda example: len(example.input_ids))
+        engine, examples = self.engine, self.eval_examples
         count = torch.tensor(float(sum(map(trained_tokens, examples))), device=engine.device)
-        normalizer = engine.world.all_reduce_sum(count)
         engine.model.eval()
         total = torch.zeros((), device=engine.device)
-        for batch in chunks(examples, self.config.micro_batch_size):
+        lengths = [len(example.input_ids) for example in examples]
+        for part in self._micro_batches(range(len(examples)), lengths):
+            batch = [examples[index] for index in part or [0]]
             with engine.autocast():
-                total += self._examples_loss(batch, normalizer)
-        loss = float(engine.world.all_reduce_sum(total))
+                loss = engine.run(lambda model: self._examples_loss(model, batch, count))  # noqa: B023
+            total += loss if part else 0.0
+        mean = float(self.world.all_reduce_sum(total))
         # exp overflows beyond 709; a loss of 100 nats a token is already beyond any model.
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 100.0))}
+        return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 100.0))}
 
     def save(self) -> None:
         """Write the model and its tokenizer to ``config.output_dir``."""
-        if self.engine.world.is_main:
-            save_model(self.model, self.tokenizer, self.config.output_dir)
+        weights = self.engine.whole_weights()
+        if self.world.is_main:
+            save_model(self.model, self.tokenizer, self.config.output_dir, weights)
+        self.world.barrier()
 
 
 def trained_tokens(example: EncodedExample) -> int:

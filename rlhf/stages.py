@@ -10,7 +10,6 @@ results with new ones.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 import uuid
@@ -20,13 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.engine import ensure_writable
+from rlhf.engine.resume import WITHOUT_EFFECT, differences
 from rlhf.engine.saving import STAGE_MARKER as MARKER
 from rlhf.files import write_json
-
-# These change where results go, what is shown, memory and speed, but not the results.
-WITHOUT_EFFECT = frozenset(
-    {"output_dir", "trackers", "log_every", "micro_batch_size", "gradient_checkpointing"}
-)
 
 
 class StageError(ValueError):
@@ -188,36 +183,3 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = {k: v for k, v in dataclasses.asdict(value).items() if k not in WITHOUT_EFFECT}
         values[key] = value
     return json.loads(json.dumps(values, default=str))
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each setting that differs, as "name: 1 before, 2 now"."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key, "(not set)"), now.get(key, "(not set)")
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}: {old!r} before, {new!r} now")
-    return found
-
-
-def fingerprint(data: Any) -> str:
-    """A short hash, to notice a change: of a file's content; of a folder's file names, sizes and
-    times of change; or of any other text (a hub name, say) and of rows as Python values.
-    """
-    digest = hashlib.sha256()
-    path = Path(data).expanduser() if isinstance(data, str | Path) else None
-    if path is not None and path.is_file():
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    elif path is not None and path.is_dir():
-        for file_path in sorted(path.rglob("*")):
-            if file_path.is_file():
-                stat = file_path.stat()
-                entry = (file_path.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns)
-                digest.update(json.dumps(entry).encode())
-    else:
-        digest.update(json.dumps(data, default=str, sort_keys=True).encode())
-    return digest.hexdigest()[:16]

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+SIGNAL_EXIT = 128  # plus the signal's number, as shells count
 
 
 def run_for_person(action: Callable[[], Any], *, program: str, debug: bool = False) -> int:
@@ -19,13 +20,16 @@ def run_for_person(action: Callable[[], Any], *, program: str, debug: bool = Fal
     two more that RLHF_KERNELS_BACKEND names a backend that cannot do the work.
     Anything else is a defect of this program and keeps its traceback, as all do with ``debug``.
     """
-    from rlhf.engine import NonFiniteError
+    from rlhf.engine import Interrupted, NonFiniteError
     from rlhf.ppo import RewardError
     from rlhf_kernels import BackendUnavailableError, UnsupportedOperationError
 
     foreseen = (NonFiniteError, RewardError, BackendUnavailableError, UnsupportedOperationError)
     try:
         action()
+    except Interrupted as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        return SIGNAL_EXIT + stop.signal_number
     except KeyboardInterrupt:
         print(f"{program}: stopped by the keyboard", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors import SafetensorError
 from tiny_models import tiny_llama, tiny_tokenizer
@@ -28,8 +30,10 @@ from rlhf.engine import (
     begin_training,
     discarding_on_error,
     ensure_writable,
-    epoch_steps,
+    epoch_order,
     learning_rate_factor,
+    micro_batches,
+    rank_micro_batches,
     resolve_dtype,
     save_config,
     save_model,
@@ -141,7 +145,7 @@ def test_an_error_leaves_nothing_for_the_next_step() -> None:
     engine = Engine(layer, config(), 5)
     with pytest.raises(KeyError), discarding_on_error(engine):
         engine.backward(layer(torch.ones(1, 2)).sum())
-        engine._loss_is_bad.fill_(True)  # as on a GPU, where the check waits for the step
+        engine.backward(layer(torch.full((1, 2), math.nan)).sum())
         raise KeyError
     assert all(parameter.grad is None for parameter in layer.parameters())
     engine.backward(layer(torch.ones(1, 2)).sum())
@@ -149,14 +153,30 @@ def test_an_error_leaves_nothing_for_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_loss_raises_before_gradients_are_touched(bad: float) -> None:
-    layer = nn.Linear(2, 1)
-    engine = Engine(layer, config(), 5, name="the policy")
-    engine.backward(layer(torch.ones(1, 2)).sum())
-    gradient = layer.weight.grad.clone()
-    with pytest.raises(NonFiniteError, match="loss of the policy at optimizer step 1"):
-        engine.backward(layer(torch.full((1, 2), bad)).sum())
-    assert torch.equal(layer.weight.grad, gradient)
+def test_a_bad_loss_skips_the_step_and_is_named(
+    bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    engine = Engine(layer, config(max_skipped_steps=2), 5, name="the policy")
+    beside = Engine(other, config(), 5, name="the critic")
+    before = layer.weight.detach().clone(), other.weight.detach().clone()
+
+    def step(factor: float) -> list[float]:
+        value = other(torch.ones(1, 2)).sum()
+        loss = factor * layer(torch.ones(1, 2)).sum() + value
+        # The gradients of the value are fine; the loss they belong to is not.
+        engine.backward(loss, terms={"policy loss": loss, "value loss": value}, beside=[beside])
+        return [each.step()["skipped_step"] for each in (engine, beside)]
+
+    assert step(bad) == [1.0, 1.0]
+    assert torch.equal(layer.weight, before[0]) and torch.equal(other.weight, before[1])
+    assert "the policy, optimizer step 1: the policy loss became NaN or infinite" in caplog.text
+    assert "value loss" not in caplog.text
+    assert step(1.0) == [0.0, 0.0]  # nothing of the bad loss is left
+    assert torch.isfinite(layer.weight).all() and not torch.equal(layer.weight, before[0])
+    step(bad)
+    with pytest.raises(NonFiniteError, match=r"policy loss became .* \(2 in a row\)"):
+        step(bad)
 
 
 def test_a_bad_gradient_skips_the_step_and_the_third_in_a_row_raises(
@@ -174,7 +194,7 @@ def test_a_bad_gradient_skips_the_step_and_the_third_in_a_row_raises(
     for _ in range(2):
         assert step(math.nan) == {"grad_norm": 0.0, "learning_rate": 0.1, "skipped_step": 1.0}
     assert torch.equal(layer.weight, before)
-    assert "the step is skipped (2 in a row)" in caplog.text
+    assert "the step is skipped and the weights are left as they are (2 in a row)" in caplog.text
     assert step(1.0)["skipped_step"] == 0.0  # a good step in between starts the count anew
     assert not torch.equal(layer.weight, before)
     after = layer.weight.detach().clone()
@@ -244,22 +264,47 @@ def test_set_seed_repeats() -> None:
     assert draws[0] == draws[1]
 
 
-def test_epoch_steps_partition_and_sort_inside_a_step() -> None:
-    lengths = [(7 * i) % 23 for i in range(50)]
-    steps = epoch_steps(lengths, 16, 4, seed=1, epoch=0)
-    assert [sum(map(len, step)) for step in steps] == [16, 16, 16, 2]
-    assert sorted(i for step in steps for batch in step for i in batch) == list(range(50))
-    for step in steps:
-        seen = [lengths[i] for batch in step for i in batch]
-        assert seen == sorted(seen) and all(len(batch) <= 4 for batch in step)
-    assert steps == epoch_steps(lengths, 16, 4, seed=1, epoch=0)
-    # The examples of each step do not depend on how it is cut into micro-batches.
-    other = epoch_steps(lengths, 16, 16, seed=1, epoch=0)
-    assert [set(chain(*step)) for step in other] == [set(chain(*step)) for step in steps]
-    assert steps != epoch_steps(lengths, 16, 4, seed=1, epoch=1)
-    assert steps != epoch_steps(lengths, 16, 4, seed=2, epoch=0)
-    largest = [epoch_steps(lengths, 16, 4, seed=MAX_SEED, epoch=epoch) for epoch in (0, 1)]
+def test_every_epoch_is_another_seeded_partition() -> None:
+    steps = epoch_order(37, 16, seed=1, epoch=0)
+    assert [len(step) for step in steps] == [16, 16, 5]
+    assert sorted(chain(*steps)) == list(range(37))
+    assert steps == epoch_order(37, 16, seed=1, epoch=0)
+    assert steps != epoch_order(37, 16, seed=1, epoch=1)
+    assert steps != epoch_order(37, 16, seed=2, epoch=0)
+    largest = [epoch_order(37, 16, seed=MAX_SEED, epoch=epoch) for epoch in (0, 1)]
     assert largest[0] != largest[1]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    size=st.integers(1, 8),
+    tokens=st.none() | st.integers(1, 100),
+    ranks=st.integers(1, 5),
+)
+def test_ranks_share_rows_in_equally_many_micro_batches(
+    lengths: list[int], size: int, tokens: int | None, ranks: int
+) -> None:
+    rows = list(range(len(lengths)))[::-1]
+    shares = [
+        rank_micro_batches(rows, lengths, size=size, tokens=tokens, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    parts = [part for share in shares for part in share]
+    assert sorted(chain(*parts)) == sorted(rows)
+    counts = [sum(map(len, share)) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    for part in parts:
+        assert len(part) <= size
+        assert (
+            tokens is None or len(part) <= 1 or len(part) * max(lengths[r] for r in part) <= tokens
+        )
+
+
+def test_micro_batches_are_sorted_by_length() -> None:
+    lengths = [5, 1, 4, 2, 3]
+    assert micro_batches(range(5), lengths, size=2) == [[1, 3], [4, 2], [0]]
+    assert micro_batches(range(5), lengths, size=5, tokens=6) == [[1, 3], [4], [2], [0]]
 
 
 def test_unwritable_output_folder(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 
 from rlhf.data import DataError
 from rlhf.engine import OutputError
+from rlhf.engine.resume import differences, fingerprint
 from rlhf.models import ModelError
 from rlhf.pipeline import PipelineConfig, RLHFPipeline
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig, SFTTrainer
-from rlhf.stages import Stage, StageError, StageRunner, differences, fingerprint
+from rlhf.stages import Stage, StageError, StageRunner
 
 DEMONSTRATIONS = [
     {"prompt": f"the {noun}", "completion": f"{word} {noun}"}

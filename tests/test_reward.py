@@ -121,7 +121,7 @@ def test_loss_and_gradient_are_bradley_terry_however_the_step_is_cut(tmp_path: P
         indices = list(range(8))
         size = max(1, micro_batch_size // 2)
         for start in range(0, 8, size):
-            loss, _ = reward._loss(indices[start : start + size], torch.tensor(8.0))
+            loss, _ = reward._loss(reward.model, indices[start : start + size], torch.tensor(8.0))
             reward.engine.backward(loss)
         found.append([p.grad.clone() for p in reward.engine.parameters])
     pair = RewardTrainer(config(tmp_path, eval_fraction=0), tiny_llama(), tiny_tokenizer(), rows(8))
@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_bradley_terry_however_the_step_is_cut(tmp_path: P
     chosen = pair.reward_model.score(prompts, [row["chosen"] for row in rows(8)])
     rejected = pair.reward_model.score(prompts, [row["rejected"] for row in rows(8)])
     expected = sum(math.log1p(math.exp(r - c)) for c, r in zip(chosen, rejected)) / 8
-    loss, statistics = pair._loss(list(range(8)), torch.tensor(8.0))
+    loss, statistics = pair._loss(pair.model, list(range(8)), torch.tensor(8.0))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     right = sum(c > r for c, r in zip(chosen, rejected)) / 8
     assert statistics["accuracy"].item() == pytest.approx(right)

@@ -20,11 +20,12 @@ from rlhf.demo.evaluation import evaluate
 from rlhf.demo.model import convert_smollm2
 from rlhf.demo.report import draw_curves, print_report
 from rlhf.demo.settings import DemoSettings
+from rlhf.engine.resume import fingerprint
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.ppo import PPOTrainer
 from rlhf.reward import RewardModel, RewardTrainer
 from rlhf.sft import SFTTrainer
-from rlhf.stages import Stage, StageRunner, fingerprint, write_json
+from rlhf.stages import Stage, StageRunner, write_json
 
 DATA = Path(__file__).parent
 DEMONSTRATIONS = DATA / "demonstrations.jsonl"

@@ -86,9 +86,22 @@ class TrainingConfig:
         warmup_ratio: Share of all optimizer steps over which the learning rate rises from 0.
         seed: Seed of everything random.
         dtype: Precision of matrix products: auto is bfloat16 where the hardware is fast at it and
-            float32 elsewhere. Weights are float32 always.
+            float32 elsewhere.
+        weights: Type of the weights. With bfloat16 the optimizer keeps float32 copies: as exact an
+            update, half the memory to read in each forward pass.
         micro_batch_size: Sequences in one forward pass. Changes memory and speed, not the result.
+        micro_batch_tokens: Tokens in one forward pass, padding included, as a second limit; null
+            for none. A sequence that is longer goes by itself.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower.
+        torch_compile: Compile the decoder layers with torch.compile.
+        parallel: How the ranks of torchrun share the models: ddp (also auto) copies them, fsdp
+            splits weights, gradients and optimizer state over all ranks, hybrid splits them inside
+            each machine.
+        max_skipped_steps: End the training after so many optimizer steps in a row were skipped
+            because a loss or a gradient was NaN or infinite.
+        save_every: Write a checkpoint every so many steps (PPO: updates); null for none but on
+            SIGTERM and SIGINT.
+        keep_checkpoints: Newest checkpoints to keep.
         log_every: Log every so many optimizer steps.
         trackers: Where metrics go: jsonl (metrics.jsonl), tensorboard (tb/), progress (terminal).
     """
@@ -104,8 +117,15 @@ class TrainingConfig:
     warmup_ratio: float = 0.0
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["float32", "bfloat16"] = "float32"
     micro_batch_size: int = 8
+    micro_batch_tokens: int | None = None
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    parallel: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    max_skipped_steps: int = 3
+    save_every: int | None = None
+    keep_checkpoints: int = 2
     log_every: int = 1
     trackers: list[str] = field(default_factory=lambda: list(TRACKERS))
 
@@ -123,7 +143,13 @@ class TrainingConfig:
         check_number(self, "warmup_ratio", at_least=0, below=1)
         check_number(self, "seed", at_least=0, at_most=MAX_SEED, integer=True)
         check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
+        check_choice(self, "weights", ("float32", "bfloat16"))
         check_number(self, "micro_batch_size", at_least=1, integer=True)
+        check_number(self, "micro_batch_tokens", at_least=1, integer=True, optional=True)
+        check_choice(self, "parallel", ("auto", "ddp", "fsdp", "hybrid"))
+        check_number(self, "max_skipped_steps", at_least=1, integer=True)
+        check_number(self, "save_every", at_least=1, integer=True, optional=True)
+        check_number(self, "keep_checkpoints", at_least=1, integer=True)
         check_number(self, "log_every", at_least=1, integer=True)
         if not isinstance(self.trackers, list) or set(self.trackers) - set(TRACKERS):
             raise ValueError(

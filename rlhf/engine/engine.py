@@ -1,23 +1,27 @@
-"""Backward, clipping, optimizer and schedule of one model."""
+"""Forward, backward, clipping, optimizer and schedule of one model, on any number of ranks."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from rlhf.engine.config import TrainingConfig
-from rlhf.engine.precision import resolve_dtype
+from rlhf.engine.optimizer import MasterWeights, make_optimizer, trainable_parameters
+from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summing_gradients
+from rlhf.engine.precision import autocast, resolve_dtype
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.world import World
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED_IN_A_ROW = 3
 
 
 class NonFiniteError(RuntimeError):
@@ -27,20 +31,23 @@ class NonFiniteError(RuntimeError):
 class Engine:
     """Trains one model: ``backward`` as often as there are micro-batches, then ``step``.
 
-    Weights stay float32; matrix products under ``autocast()`` run in ``compute_dtype``. The loss
-    given to ``backward`` must already be divided by the whole step's normaliser (summed over
-    ``world``), so that gradients simply add up.
+    Whatever reads the model's weights does so inside ``run`` or ``run_gathered``, where they are
+    whole also when FSDP has split them. Weights are float32 (with ``config.weights`` "bfloat16"
+    those that the optimizer updates); matrix products under ``autocast()`` run in
+    ``compute_dtype``. The loss given to ``backward`` must already be divided by the whole step's
+    normaliser, over all ranks, so that gradients simply add up.
 
     Args:
         model: Moved to this rank's device and set to training mode. Its trainable weights must be
             float32.
-        config: Optimizer, schedule and precision settings.
+        config: Optimizer, schedule, precision and parallelism.
         total_steps: Optimizer steps of the whole training, for the schedule.
         learning_rate: Instead of ``config.learning_rate``.
         name: What to call the model in errors.
 
     Raises:
-        ValueError: A trainable weight is not float32, or there are none.
+        ValueError: A trainable weight is not float32, or there are none; or ``config.parallel``
+            cannot be had here.
     """
 
     def __init__(
@@ -52,85 +59,135 @@ class Engine:
         learning_rate: float | None = None,
         name: str = "model",
     ) -> None:
-        self.world = World()
+        self.world = World.join()
         self.device = self.world.device
         self.name = name
         self.config = config
         self.total_steps = total_steps
         self.steps_done = 0
         self.compute_dtype = resolve_dtype(config.dtype, self.device)
+        trainable_parameters(model, name)  # before anything is changed
         self.model = model.to(self.device).train()
         if config.gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable")  # noqa: B009 (not on nn.Module)
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.parameters = trainable_parameters(model, name)
+        if config.torch_compile:
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)
+        in_bfloat16 = config.weights == "bfloat16"
+        gathered = torch.bfloat16 if in_bfloat16 else self.compute_dtype
+        self.module = distribute(self.model, config.parallel, gathered)
+        named = trainable_parameters(self.model, name)  # anew: FSDP has replaced them
+        # FSDP keeps float32 shards by itself, and gathers them in bfloat16.
+        with_masters = in_bfloat16 and not isinstance(self.module, FSDPModule)
+        self.masters = MasterWeights(named) if with_masters else None
+        self.named_parameters = self.masters.named if self.masters else named
+        self.parameters = list(self.named_parameters.values())
         self.base_learning_rate = config.learning_rate if learning_rate is None else learning_rate
         self.optimizer = make_optimizer(self.parameters, config, self.base_learning_rate)
-        self._skipped_in_a_row = 0
-        self._loss_is_bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.skipped_in_a_row = 0
+        self._bad_terms: dict[str, Tensor] = {}
+
+    def run(self, function: Callable[[Any], Any], *, last: bool = True) -> Any:
+        """``function(model)``, with the model's weights at hand.
+
+        Tensors that need gradients reach the function as part of itself (a closure), never as an
+        argument: FSDP takes an argument's gradient for the end of its own backward.
+
+        Args:
+            function: Of the model; what it returns is returned.
+            last: Whether the step's last micro-batch; gradients are summed over ranks with it.
+        """
+        with summing_gradients(self.module, last):
+            return self.module(function)
+
+    @torch.no_grad()
+    def run_gathered(self, function: Callable[[Any], Any]) -> Any:
+        """As ``run``, without gradients and with all weights gathered once: for generation."""
+        return call_gathered(self.module, function)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for forward passes: matrix products in ``compute_dtype``."""
-        enabled = self.compute_dtype != torch.float32
-        dtype = self.compute_dtype if enabled else None
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled)
+        return autocast(self.compute_dtype, self.device)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        terms: Mapping[str, Tensor] | None = None,
+        beside: Sequence[Engine] = (),
+    ) -> None:
         """Add the gradients of a 0-dim loss to those of the micro-batches before it.
 
-        Raises:
-            NonFiniteError: The loss is NaN or infinite. On the CPU before any gradient is touched;
-                on a GPU the check waits for ``step``, before any weight is touched, so that no
-                micro-batch waits for the host.
+        Whether the loss is finite is looked at in ``step``, before any weight is touched, so that
+        no micro-batch waits for the host.
+
+        Args:
+            loss: Divided by the normaliser of the whole step.
+            terms: What it was added up from, by name, for the message if it is NaN or infinite.
+            beside: Engines of other models that the loss trains too; their step is skipped with
+                this one's.
         """
-        if self.device.type == "cpu":
-            self._check_loss(bool(torch.isfinite(loss)))
-        else:
-            self._loss_is_bad |= ~torch.isfinite(loss.detach())
-        loss.backward()
+        for name, term in {**(terms or {}), "loss": loss}.items():
+            bad = ~torch.isfinite(term.detach())
+            for engine in (self, *beside):
+                earlier = engine._bad_terms.get(name)
+                engine._bad_terms[name] = bad if earlier is None else earlier | bad
+        # DDP and FSDP take the mean over ranks of what has to be summed.
+        (loss * self.world.size if self.world.size > 1 else loss).backward()
 
     def step(self) -> dict[str, float]:
         """Clip, update the weights, clear the gradients, advance the schedule.
 
         Returns:
             ``grad_norm`` before clipping, the ``learning_rate`` used, and ``skipped_step``: 1 if a
-            gradient was NaN or infinite, so that the weights were left alone (``grad_norm`` is then
-            0, what was applied).
+            loss or a gradient was NaN or infinite, so that the weights were left alone
+            (``grad_norm`` is then 0, what was applied).
 
         Raises:
-            NonFiniteError: A loss was NaN or infinite, or a third step in a row had to be skipped.
+            NonFiniteError: ``config.max_skipped_steps`` steps in a row had to be skipped.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        # One transfer to the host for both figures.
-        grad_norm, bad = torch.stack([norm.float(), self._loss_is_bad.float()]).tolist()
-        if bad:
-            self.discard()
-            self._check_loss(False)
+        norm = self._gradient_norm()
+        grad_norm, bad_terms = self._on_host(norm)
         rate = self.learning_rate
-        skipped = not math.isfinite(grad_norm)
+        skipped = bool(bad_terms) or not math.isfinite(grad_norm)
         if skipped:
-            self._note_skipped(grad_norm)
+            self._note_skipped(grad_norm, bad_terms)
             grad_norm = 0.0
         else:
-            self._skipped_in_a_row = 0
-            if self.config.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self.parameters, self.config.max_grad_norm, norm
-                )
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            self.skipped_in_a_row = 0
+            self._update_weights(norm, rate)
+        self.discard()
         self.steps_done += 1
         return {"grad_norm": grad_norm, "learning_rate": rate, "skipped_step": float(skipped)}
+
+    def require_progress(self) -> None:
+        """Raise NonFiniteError if not one of the steps so far could be taken."""
+        if self.steps_done and self.skipped_in_a_row == self.steps_done:
+            raise NonFiniteError(
+                f"{self.name}: all {self.steps_done} optimizer steps were skipped, since their "
+                "loss or gradient was NaN or infinite. Look at the model's weights and the data."
+            )
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights for ``save_model``, where the model itself does not hold them as they are to
+        be saved: on the main rank those gathered from all shards, or the float32 masters. Every
+        rank must ask.
+        """
+        if isinstance(self.module, FSDPModule):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return dict(get_model_state_dict(self.model, options=options))  # type: ignore[arg-type]
+        if self.masters is not None:
+            return {**self.model.state_dict(), **self.masters.state_dict(self.model)}
+        return None
 
     def discard(self) -> None:
         """Drop what ``backward`` has gathered since the last step, so that none of it is left for
         the next one.
         """
         self.optimizer.zero_grad()
-        self._loss_is_bad.zero_()
+        self.model.zero_grad()
+        self._bad_terms = {}
 
     @property
     def learning_rate(self) -> float:
@@ -140,23 +197,46 @@ class Engine:
             config.lr_schedule, self.steps_done, self.total_steps, config.warmup_ratio
         )
 
-    def _check_loss(self, finite: bool) -> None:
-        if not finite:
-            raise NonFiniteError(
-                f"the loss of {self.name} at optimizer step {self.steps_done + 1} is NaN or "
-                "infinite; its weights were left as they are. Look at the data of this step, or "
-                "lower the learning rate."
-            )
-
-    def _note_skipped(self, grad_norm: float) -> None:
-        self._skipped_in_a_row += 1
-        message = (
-            f"the gradient norm of {self.name} at optimizer step {self.steps_done + 1} is "
-            f"{grad_norm}; the step is skipped ({self._skipped_in_a_row} in a row)"
+    def _gradient_norm(self) -> Tensor:
+        """Norm of all gradients, over all ranks' shards; 0-dim."""
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
         )
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _on_host(self, norm: Tensor) -> tuple[float, list[str]]:
+        """The gradient norm and the loss terms that are not finite, in one transfer."""
+        names = list(self._bad_terms)
+        flags = [self._bad_terms[name].float() for name in names]
+        # The largest over ranks: one rank's bad loss must make all of them skip.
+        values = self.world.all_reduce_max(torch.stack([*flags, ~norm.isfinite()]).float())
+        *bad, _, grad_norm = torch.cat([values, norm.float().reshape(1)]).tolist()
+        return grad_norm, [name for name, is_bad in zip(names, bad) if is_bad]
+
+    def _update_weights(self, norm: Tensor, rate: float) -> None:
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.masters is not None:
+            self.masters.write_back()
+
+    def _note_skipped(self, grad_norm: float, bad_terms: list[str]) -> None:
+        self.skipped_in_a_row += 1
+        what = f"gradient norm is {grad_norm}"
+        if bad_terms:
+            parts = [name for name in bad_terms if name != "loss"] or ["loss"]
+            what = f"{' and the '.join(parts)} became NaN or infinite"
+        message = (
+            f"{self.name}, optimizer step {self.steps_done + 1}: the {what}; the step is skipped "
+            f"and the weights are left as they are ({self.skipped_in_a_row} in a row)"
+        )
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
             self.discard()
-            raise NonFiniteError(f"{message}. Lower the learning rate or max_grad_norm.")
+            raise NonFiniteError(
+                f"{message}. Look at the data of this step, or lower the learning rate."
+            )
         logger.warning(message)
 
 
@@ -169,36 +249,3 @@ def discarding_on_error(*engines: Engine) -> Iterator[None]:
         for engine in engines:
             engine.discard()
         raise
-
-
-def trainable_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters that require gradients; ValueError if there are none or one is not float32."""
-    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise ValueError(f"{name} has no trainable parameter")
-    for key, parameter in named:
-        if parameter.dtype != torch.float32:
-            raise ValueError(
-                f"{name}: parameter {key} is {parameter.dtype}; load the model in float32 "
-                "(dtype decides the precision of matrix products, weights stay float32)"
-            )
-    return [parameter for _, parameter in named]
-
-
-def make_optimizer(
-    parameters: list[nn.Parameter], config: TrainingConfig, learning_rate: float
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay on matrices only."""
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )

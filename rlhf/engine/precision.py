@@ -16,6 +16,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Context in which matrix products run in ``dtype``; none in float32."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
+
+
 def cpu_is_fast_at_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AMX, AVX-512); without, it is several
     times slower than float32. Asked, not measured: a stopwatch may choose otherwise in the next

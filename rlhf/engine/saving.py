@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from rlhf.files import PARTIAL, OutputError, write_json
 
@@ -37,8 +38,12 @@ def ensure_writable(folder: str | Path) -> Path:
     return path
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a Hugging Face folder: weights as safetensors, config and tokenizer.
+
+    The weights are the model's own, or those given (``Engine.whole_weights``).
 
     Everything is written under ``folder/.partial`` first (inside, so that it is the same file
     system), then moved into place file by file. ``config.json`` is taken away first and comes back
@@ -52,7 +57,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     partial = target / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from rlhf.data import DataError, source_name, split_holdout
-from rlhf.engine.batching import epoch_steps
+from rlhf.engine.batching import epoch_order, rank_micro_batches
 from rlhf.engine.config import TrainingConfig, check_choice, check_config, check_number
 from rlhf.engine.engine import Engine, discarding_on_error
-from rlhf.engine.saving import begin_training, ensure_writable
-from rlhf.engine.seeding import set_seed
+from rlhf.engine.randomness import set_seed
+from rlhf.engine.resumable import Resumable
+from rlhf.engine.resume import fingerprint, model_fingerprint
+from rlhf.engine.saving import ensure_writable
 from rlhf.engine.tracking import Trackers
+from rlhf.engine.world import World
 
 Item = TypeVar("Item")
 
@@ -55,7 +58,7 @@ class SupervisedConfig(TrainingConfig):
         check_number(self, "eval_fraction", at_least=0, below=1)
 
 
-class SupervisedTrainer(ABC):
+class SupervisedTrainer(Resumable):
     """The loop; a subclass encodes its data and says what the loss of some examples is.
 
     A subclass's constructor sets ``model``, ``tokenizer`` and ``has_eval``, then calls ``_start``.
@@ -63,6 +66,8 @@ class SupervisedTrainer(ABC):
 
     title: ClassVar[str]
     config_class: ClassVar[type]
+    # Sequences that one example puts into a forward pass.
+    sequences_per_example: ClassVar[int] = 1
     model: Any
     tokenizer: Any
     has_eval: bool
@@ -71,23 +76,39 @@ class SupervisedTrainer(ABC):
         check_config(config, self.config_class, type(self).__name__)
         self.config = config
         ensure_writable(config.output_dir)  # before anything slow
-        set_seed(config.seed)
+        # A rank of its own seed: dropout must not be the same on all.
+        set_seed(config.seed + World.join().rank)
 
-    def _start(self, lengths: list[int], sequences_per_example: int) -> None:
-        """Make the engine, once the data is there: its schedule needs the number of steps."""
+    def _start(self, lengths: list[int], train_data: Any, eval_data: Any) -> None:
+        """Make the engine, once the data is there: its schedule needs the number of steps.
+
+        Args:
+            lengths: Tokens of each training example.
+            train_data: As it was given, to notice on a resume that it has changed.
+            eval_data: Likewise.
+        """
         config = self.config
         self._lengths = lengths
-        self._micro_batch = max(1, config.micro_batch_size // sequences_per_example)
-        steps = config.epochs * -(-len(lengths) // config.batch_size)
+        self.steps_per_epoch = -(-len(lengths) // config.batch_size)
+        steps = config.epochs * self.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
+        made_from = model_fingerprint(self.model)
         self.engine = Engine(self.model, config, self.total_steps, name=f"the {self.title} model")
+        self._before: dict[str, float] = {}
+        self._prepare_to_resume(
+            model=made_from,
+            train_data=fingerprint(train_data),
+            eval_data=None if eval_data is None else fingerprint(eval_data),
+        )
 
     @abstractmethod
     def _weight(self, index: int) -> int:
         """What a training example adds to the normaliser of its step (tokens, pairs)."""
 
     @abstractmethod
-    def _loss(self, indices: list[int], normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, model: Any, indices: list[int], normalizer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of training examples divided by ``normalizer``, and statistics.
 
         Losses and statistics (detached, 0-dim) of a step's micro-batches are added up.
@@ -101,6 +122,23 @@ class SupervisedTrainer(ABC):
         """After the last step, before saving; may return more metrics."""
         return {}
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+        return self.engine.steps_done
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        return {"model": self.engine}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics from before training."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up ``state_dict`` again."""
+        self._before = dict(state["before"])
+
     def train(self) -> dict[str, float]:
         """Train, evaluating before and after each epoch, and write ``config.output_dir``.
 
@@ -110,86 +148,106 @@ class SupervisedTrainer(ABC):
             The last metrics; with evaluation also those from before training, as ``..._before``.
 
         Raises:
-            NonFiniteError: The loss became NaN or infinite.
+            NonFiniteError: The loss was NaN or infinite too often.
             OutputError: The results cannot be written.
+            CheckpointError: ``output_dir`` has checkpoints of an earlier training.
+            Interrupted: SIGTERM or SIGINT has come; a checkpoint is written.
             RuntimeError: This training is finished.
         """
         config = self.config
-        if self.engine.steps_done >= self.total_steps:
+        metrics: dict[str, float] = {}
+        if self.step >= self.total_steps:
             raise RuntimeError(
                 f"this training is finished: all {self.total_steps} optimizer steps are done. "
                 "Make a new trainer to train its model further."
             )
-        is_main = self.engine.world.is_main
-        if is_main:
-            begin_training(config)
-        names = config.trackers if is_main else []
-        metrics: dict[str, float] = {}
-        with Trackers(names, config.output_dir, self.total_steps, title=self.title) as trackers:
-            if self.has_eval:
-                before = self.evaluate()
-                trackers.log(before, 0)
-                metrics = {f"{name}_before": value for name, value in before.items()}
-            for epoch, steps in self._epochs():
-                for number, step in enumerate(steps, start=1):
-                    latest = self._train_step(step)
-                    latest["epoch"] = epoch + number / len(steps)
-                    done = self.engine.steps_done
-                    if done % config.log_every == 0 or done == self.total_steps:
-                        trackers.log(latest, done)
-                    metrics.update(latest)
-                    if done == self.total_steps:
-                        break
-                last = self.engine.steps_done == self.total_steps
-                results = self._finish() if last else {}
-                if self.has_eval:
-                    results.update(self.evaluate())
-                if results:
-                    trackers.log(results, self.engine.steps_done)
-                    metrics.update(results)
+        with (
+            self._session(),
+            Trackers(
+                config.trackers if self.world.is_main else [],
+                config.output_dir,
+                self.total_steps,
+                title=self.title,
+                resumed_at=self.resumed_at,
+            ) as trackers,
+        ):
+            self._begin(trackers)
+            while self.step < self.total_steps:
+                latest = self._train_step(self._next_rows())
+                last = self.step == self.total_steps
+                if self.step % config.log_every == 0 or last:
+                    trackers.log(latest, self.step)
+                metrics.update(latest)
+                if last or self.step % self.steps_per_epoch == 0:
+                    metrics.update(self._end_of_epoch(trackers, last))
+                self._after_step(last=last)
+        self.engine.require_progress()
         self.save()
-        return metrics
+        return {**{f"{name}_before": value for name, value in self._before.items()}, **metrics}
 
-    def _epochs(self) -> Iterator[tuple[int, list[list[list[int]]]]]:
-        config, epoch = self.config, 0
-        while self.engine.steps_done < self.total_steps:
-            yield (
-                epoch,
-                epoch_steps(
-                    self._lengths,
-                    config.batch_size,
-                    self._micro_batch,
-                    seed=config.seed,
-                    epoch=epoch,
-                ),
-            )
-            epoch += 1
+    def _begin(self, trackers: Trackers) -> None:
+        """Evaluate what the training begins with."""
+        if self.has_eval and self.step == 0:
+            self._before = self.evaluate()
+            trackers.log(self._before, 0)
 
-    def _train_step(self, micro_batches: list[list[int]]) -> dict[str, float]:
+    def _end_of_epoch(self, trackers: Trackers, last: bool) -> dict[str, float]:
+        results = self._finish() if last else {}
+        if self.has_eval:
+            results.update(self.evaluate())
+        if results:
+            trackers.log(results, self.step)
+        return results
+
+    def _next_rows(self) -> list[int]:
+        """The examples of the next optimizer step."""
+        config = self.config
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        count = len(self._lengths)
+        return epoch_order(count, config.batch_size, seed=config.seed, epoch=epoch)[place]
+
+    def _train_step(self, rows: list[int]) -> dict[str, float]:
         """One optimizer step: every micro-batch is divided by the normaliser of the whole step."""
         engine, start = self.engine, time.perf_counter()
         engine.model.train()
-        indices = [index for batch in micro_batches for index in batch]
-        count = float(sum(map(self._weight, indices)))
-        normalizer = engine.world.all_reduce_sum(torch.tensor(count, device=engine.device))
+        count = torch.tensor(float(sum(map(self._weight, rows))), device=engine.device)
+        parts = self._micro_batches(rows, self._lengths)
         totals: dict[str, Tensor] = {}
         with discarding_on_error(engine):
-            for batch in micro_batches:
+            for number, part in enumerate(parts, start=1):
+                # Where other ranks have one more, any row will do: divided by infinity it is 0.
+                indices, normalizer = (part, count) if part else (rows[:1], torch.inf * count)
                 with engine.autocast():
-                    loss, statistics = self._loss(batch, normalizer)
+                    loss, statistics = engine.run(
+                        lambda model: self._loss(model, indices, normalizer),  # noqa: B023
+                        last=number == len(parts),
+                    )
                 engine.backward(loss)
                 for name, value in {"loss": loss.detach(), **statistics}.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value
             outcome = engine.step()
         names = list(totals)
-        sums = engine.world.all_reduce_sum(torch.stack([totals[name].float() for name in names]))
+        sums = self.world.all_reduce_sum(torch.stack([totals[name].float() for name in names]))
+        figures = dict(zip(names, sums.tolist())) if not outcome["skipped_step"] else {}
         seconds = time.perf_counter() - start
-        tokens = sum(self._lengths[index] for index in indices)
         return {
-            **dict(zip(names, sums.tolist())),
+            **figures,
             **outcome,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": sum(self._lengths[row] for row in rows) / seconds,
+            "epoch": self.step / self.steps_per_epoch,
         }
+
+    def _micro_batches(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of some examples."""
+        config, sides = self.config, self.sequences_per_example
+        return rank_micro_batches(
+            rows,
+            lengths,
+            size=max(1, config.micro_batch_size // sides),
+            tokens=config.micro_batch_tokens,
+            rank=self.world.rank,
+            ranks=self.world.size,
+        )
 
     @abstractmethod
     def save(self) -> None:

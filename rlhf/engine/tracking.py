@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf.engine.config import TRACKERS
 from rlhf.engine.engine import NonFiniteError
+from rlhf.files import write_text
 
 # Shown on the terminal, in this order, when they are among the metrics.
 KEY_FIGURES = (
@@ -44,6 +45,8 @@ class Trackers:
         total: Steps in all, for the progress bar.
         title: What the terminal calls this training.
         key_figures: Metrics that the terminal shows.
+        resumed_at: The step that the training was taken up at: what files say of it so far stays,
+            what they say of later steps goes. None: they start anew.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Trackers:
         *,
         title: str = "training",
         key_figures: Sequence[str] = KEY_FIGURES,
+        resumed_at: int | None = None,
     ) -> None:
         unknown = set(names) - set(TRACKERS)
         if unknown:
@@ -61,9 +65,9 @@ class Trackers:
         folder = Path(output_dir)
         self._trackers: list[Tracker] = []
         if "jsonl" in names:
-            self._trackers.append(JsonlTracker(folder / "metrics.jsonl"))
+            self._trackers.append(JsonlTracker(folder / "metrics.jsonl", resumed_at))
         if "tensorboard" in names:
-            self._trackers.append(TensorBoardTracker(folder / "tb"))
+            self._trackers.append(TensorBoardTracker(folder / "tb", resumed_at))
         if "progress" in names:
             console = Console(stderr=True)
             kind = ProgressBar if console.is_terminal else ProgressLines
@@ -100,8 +104,9 @@ class Trackers:
 class JsonlTracker:
     """One JSON object a line, flushed at once; a new run starts a new file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, resumed_at: int | None = None) -> None:
+        write_text(path, "" if resumed_at is None else lines_up_to(path, resumed_at))
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         record = {"step": step, "time": round(time.time(), 3)}
@@ -113,13 +118,26 @@ class JsonlTracker:
         self._file.close()
 
 
+def lines_up_to(path: Path, step: int) -> str:
+    """The lines of a ``metrics.jsonl`` up to a step, without one that was left half-written."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    return "".join(kept)
+
+
 class TensorBoardTracker:
     """Scalars for TensorBoard; events of an earlier run in the same folder are hidden."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=0)
+        first = 0 if resumed_at is None else resumed_at + 1
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from rlhf.engine.batching import chunks
 
 Self = TypeVar("Self", bound="Sequences")
 
@@ -42,18 +40,19 @@ class Sequences:
         both = torch.stack([self.prompt_mask.sum(1), self.attended().sum(1)], dim=1)
         return [(prompt, response) for prompt, response in both.tolist()]
 
-    def micro_batches(
-        self: Self, rows: Sequence[int], size: int, lengths: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[list[int], Self]]:
-        """The rows, ``size`` at a time, as (rows, this class without columns of padding alone).
+    def micro_batch(self: Self, rows: Sequence[int], lengths: Sequence[tuple[int, int]]) -> Self:
+        """These rows, without columns of padding alone.
 
-        They are sorted by length, so that little padding is left. That changes no result: every
-        loss is normalised by the whole minibatch.
+        No rows stand for a micro-batch that only keeps step with other ranks: the first row, with
+        nothing in it that is trained.
         """
-        for part in chunks(sorted(rows, key=lambda row: sum(lengths[row])), size):
-            prompt = max(lengths[row][0] for row in part)
-            response = max(1, max(lengths[row][1] for row in part))
-            yield part, self.select(part, prompt_length=prompt, response_length=response)
+        part = rows or [0]
+        prompt = max(lengths[row][0] for row in part)
+        response = max(1, max(lengths[row][1] for row in part))
+        found = self.select(part, prompt_length=prompt, response_length=response)
+        if not rows:
+            found.response_mask = torch.zeros_like(found.response_mask)
+        return found
 
     def select(
         self: Self,

@@ -20,6 +20,8 @@ from transformers import (
 
 from rlhf.data import ChatFormat, pad_left
 from rlhf.engine import NonFiniteError, check_choice, check_number, resolve_dtype
+from rlhf.engine.precision import autocast
+from rlhf.ppo.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class GenerationSettings:
         top_p: Sample among the likeliest tokens that together have this probability.
         top_k: Sample among so many likeliest tokens; 0 for all.
         greedy: Take the likeliest token instead of sampling; the three above then do nothing.
-        batch_size: Responses generated side by side. It changes which random numbers a response
-            gets, so a run is reproduced with the same batch size.
+        batch_size: Responses generated side by side. Changes memory and speed, not the result.
         dtype: Precision of matrix products: auto, float32 or bfloat16.
     """
 
@@ -83,14 +84,16 @@ def generate(
     *,
     seed: int,
     num_return: int = 1,
+    row_numbers: Sequence[int] | None = None,
 ) -> Generated:
     """Responses of a causal model to prompts of any lengths.
 
     Prompts are sorted by length, longest first, and generated ``settings.batch_size`` at a time;
     the result is in the given order, the ``num_return`` responses to a prompt one after another.
-    Random numbers come from ``seed`` alone, and the caller's generators are left as they were. Of
-    the model's own generation config only the EOS ids are used, so that what is sampled is the
-    distribution that the settings say.
+    Every response has random numbers of its own, from ``seed`` and its row number alone: it does
+    not depend, beyond rounding of the logits, on what is generated beside it or on which rank. The
+    global generators are not touched. Of the model's own generation config only the EOS ids are
+    used, so that what is sampled is the distribution that the settings say.
 
     Args:
         policy: A transformers causal model, on the device to generate on.
@@ -99,6 +102,8 @@ def generate(
         settings: How to sample.
         seed: Of the sampling.
         num_return: Responses to each prompt.
+        row_numbers: The number that each response has in the whole batch, of which these prompts
+            are a part; None: 0, 1, 2, ...
 
     Returns:
         ``Generated`` with ``len(prompt_ids) * num_return`` rows, on the model's device.
@@ -111,6 +116,8 @@ def generate(
     pad_id = padding_id(tokenizer)
     rows = [list(ids) for ids in prompt_ids for _ in range(num_return)]
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    numbers = range(len(rows)) if row_numbers is None else row_numbers
+    uniforms = uniform_numbers(seed, numbers, settings.max_new_tokens).to(device)
     # Greedy for transformers: sampling, where it is asked for, is the last of the processors.
     config = GenerationConfig(
         do_sample=False,
@@ -121,14 +128,14 @@ def generate(
 
     ids, mask = pad_left(rows, pad_id)
     responses = torch.full((len(rows), settings.max_new_tokens), pad_id)
-    with generating(policy, config), seeded(seed, device), autocast(settings.dtype, device):
+    with generating(policy, config), autocast(resolve_dtype(settings.dtype, device), device):
         for start in range(0, len(rows), settings.batch_size):
             chunk = order[start : start + settings.batch_size]
             chunk_ids, chunk_mask = pad_left([rows[row] for row in chunk], pad_id)
             output = policy.generate(
                 input_ids=chunk_ids.to(device),
                 attention_mask=chunk_mask.long().to(device),
-                logits_processor=logits_processors(settings),
+                logits_processor=logits_processors(settings, uniforms[chunk]),
             )
             new = output[:, chunk_ids.shape[1] :].cpu()
             responses[torch.tensor(chunk), : new.shape[1]] = new
@@ -206,21 +213,34 @@ class InverseTransformSampling(LogitsProcessor):
 
     One uniform number a row, looked up in the cumulative distribution. ``torch.multinomial`` draws
     one for every entry of the vocabulary, which on a CPU takes a third of the time of a step.
+
+    Args:
+        uniforms: fp64 [B, T], the number for each row and step.
     """
+
+    def __init__(self, uniforms: Tensor) -> None:
+        self.uniforms = uniforms
+        self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # float64 from here on: rare tokens keep their share next to a sum near 1.
         cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
-        point = torch.rand_like(total) * total
+        point = self.uniforms[:, self.step, None] * total
+        self.step += 1
         # The first token whose cumulative share exceeds the point, so never one of probability 0;
         # the largest point can round up to the total itself.
         token = torch.searchsorted(cumulative, point, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
-    """What turns logits into the choice of a token; the likeliest is left to transformers."""
+def logits_processors(settings: GenerationSettings, uniforms: Tensor) -> LogitsProcessorList:
+    """What turns logits into the choice of a token; the likeliest is left to transformers.
+
+    Args:
+        settings: How to sample.
+        uniforms: See ``InverseTransformSampling``.
+    """
     processors = LogitsProcessorList([RequireFinite()])
     if settings.greedy:
         return processors
@@ -230,7 +250,7 @@ def logits_processors(settings: GenerationSettings) -> LogitsProcessorList:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
         processors.append(TopPLogitsWarper(float(settings.top_p)))
-    processors.append(InverseTransformSampling())
+    processors.append(InverseTransformSampling(uniforms))
     return processors
 
 
@@ -252,16 +272,10 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = was_config
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's generators at ``seed`` inside, and as they were outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """Matrix products in the type that ``dtype`` means on this device."""
-    resolved = resolve_dtype(dtype, device)
-    enabled = resolved != torch.float32
-    return torch.autocast(device.type, dtype=resolved if enabled else None, enabled=enabled)
+def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor:
+    """fp64 [rows, steps] in [0, 1): a stream for each row, from the seed and its number."""
+    streams = []
+    for number in row_numbers:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "row", number))
+        streams.append(torch.rand(steps, generator=generator, dtype=torch.float64))
+    return torch.stack(streams)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rlhf.engine import World
 from rlhf.ppo.experience import Experience
 from rlhf_kernels import PPOLossStats, masked_mean
 
@@ -49,42 +50,58 @@ class UpdateStats:
 
     Token statistics are weighted by the tokens of their micro-batch, so that the result is the mean
     over all tokens of all epochs, however they were cut. Losses add up within an optimizer step,
-    since micro-batches share its normalizer, and are averaged over steps.
+    since micro-batches share its normalizer, and are averaged over steps. What belongs to a step
+    that was skipped is left out: it need not be finite.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.tokens = torch.zeros((), device=device)
-        self.means = torch.zeros(len(TOKEN_MEANS), device=device)
-        self.losses = torch.zeros(len(LOSSES), device=device)
+        # Sums over steps, and of the step that is going on: tokens, TOKEN_MEANS, LOSSES.
+        self.sums = torch.zeros(1 + len(TOKEN_MEANS) + len(LOSSES), device=device)
+        self.pending = torch.zeros_like(self.sums)
         self.ratio_max = torch.zeros((), device=device)
+        self.pending_ratio_max = torch.zeros_like(self.ratio_max)
         self.first_step: Tensor | None = None
         self.step_sums: dict[str, float] = {}
         self.steps = 0
+        self.steps_taken = 0
 
     def add(self, stats: PPOLossStats, tokens: Tensor) -> None:
         """Take in one micro-batch with so many valid tokens (0-dim tensor)."""
         means = torch.stack([getattr(stats, name) for name in TOKEN_MEANS.values()])
-        self.means += tokens * means
-        self.tokens += tokens
-        self.losses += torch.stack([getattr(stats, name) for name in LOSSES])
-        self.ratio_max = torch.maximum(self.ratio_max, stats.ratio_max)
+        losses = torch.stack([getattr(stats, name) for name in LOSSES])
+        self.pending += torch.cat([tokens.reshape(1), tokens * means, losses])
+        self.pending_ratio_max = torch.maximum(self.pending_ratio_max, stats.ratio_max)
 
     def end_step(self, policy: Mapping[str, float], critic: Mapping[str, float]) -> None:
         """Take in what the two engines said of one optimizer step."""
-        if self.first_step is None:
-            self.first_step = self.means / self.tokens.clamp(min=1)
         self.steps += 1
         figures = {**policy, **{f"critic_{name}": value for name, value in critic.items()}}
         for name, value in figures.items():
             self.step_sums[name] = self.step_sums.get(name, 0.0) + value
+        if not policy["skipped_step"]:
+            self.steps_taken += 1
+            self.sums += self.pending
+            self.ratio_max = torch.maximum(self.ratio_max, self.pending_ratio_max)
+            if self.first_step is None:
+                self.first_step = self.pending
+        self.pending = torch.zeros_like(self.sums)
+        self.pending_ratio_max = torch.zeros_like(self.ratio_max)
+
+    def reduce(self, world: World) -> None:
+        """Add up what the ranks have seen of the same steps."""
+        self.sums = world.all_reduce_sum(self.sums)
+        self.ratio_max = world.all_reduce_max(self.ratio_max)
+        if self.first_step is not None:
+            self.first_step = world.all_reduce_sum(self.first_step)
 
     def on_device(self) -> dict[str, Tensor]:
         """The figures that are still on the device, each a 0-dim tensor."""
-        figures = dict(zip(TOKEN_MEANS, self.means / self.tokens.clamp(min=1)))
-        figures |= dict(zip(LOSSES, self.losses / max(1, self.steps)))
+        figures = token_means(self.sums)
+        losses = self.sums[1 + len(TOKEN_MEANS) :] / max(1, self.steps_taken)
+        figures |= dict(zip(LOSSES, losses))
         figures["ratio_max"] = self.ratio_max
         if self.first_step is not None:
-            first = dict(zip(TOKEN_MEANS, self.first_step))
+            first = token_means(self.first_step)
             figures["first_step/ratio_mean"] = first["ratio_mean"]
             figures["first_step/approx_kl"] = first["approx_kl"]
         return figures
@@ -95,6 +112,12 @@ class UpdateStats:
             name: total if name.endswith("skipped_step") else total / max(1, self.steps)
             for name, total in self.step_sums.items()
         }
+
+
+def token_means(sums: Tensor) -> dict[str, Tensor]:
+    """Means over tokens from the sums of ``UpdateStats``."""
+    tokens, means = sums[0], sums[1 : 1 + len(TOKEN_MEANS)]
+    return dict(zip(TOKEN_MEANS, means / tokens.clamp(min=1)))
 
 
 def experience_figures(experience: Experience) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.engine import Engine, World, rank_micro_batches
+from rlhf.engine.frozen import Frozen
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience, Sequences
 from rlhf.ppo.forward import response_logprobs, response_values
@@ -22,12 +23,14 @@ def make_experience(
     generated: Generated,
     scores: Tensor,
     *,
-    policy: Any,
-    reference: Any,
-    critic: Any,
+    policy: Engine,
+    reference: Engine | Frozen,
+    critic: Engine,
     config: PPOConfig,
 ) -> Experience:
     """The experience with log-probabilities and values; its advantages are still zeros.
+
+    Each rank works out a share of the rows, and all get all of them.
 
     The log-probabilities are those of the distribution at ``config.temperature``, under the policy
     as under the reference: top_p and top_k shape what is sampled, not what is trained.
@@ -36,10 +39,16 @@ def make_experience(
         generated.prompt_ids, generated.prompt_mask, generated.responses, generated.response_mask
     )
 
-    def over_batch(function: Callable[[Sequences], Tensor]) -> Tensor:
-        return without_gradient(function, sequences, config.micro_batch_size)
+    def over_batch(model: Engine | Frozen, function: Callable[..., Tensor]) -> Tensor:
+        with policy.autocast():
+            return without_gradient(
+                lambda batch: model.run(partial(function, batch=batch)),
+                sequences,
+                config.micro_batch_size,
+                config.micro_batch_tokens,
+            )
 
-    temperature = config.temperature
+    logprobs = partial(response_logprobs, temperature=config.temperature)
     zeros = torch.zeros_like(generated.responses, dtype=torch.float32)
     return Experience(
         **vars(sequences),
@@ -47,9 +56,9 @@ def make_experience(
         prompts=rows,
         texts=generated.texts,
         scores=scores,
-        logprobs=over_batch(partial(response_logprobs, policy, temperature=temperature)),
-        ref_logprobs=over_batch(partial(response_logprobs, reference, temperature=temperature)),
-        values=over_batch(partial(response_values, critic)),
+        logprobs=over_batch(policy, logprobs),
+        ref_logprobs=over_batch(reference, logprobs),
+        values=over_batch(critic, response_values),
         advantages=zeros,
         returns=zeros,
         rewards=zeros,
@@ -59,16 +68,29 @@ def make_experience(
 
 @torch.no_grad()
 def without_gradient(
-    function: Callable[[Sequences], Tensor], batch: Sequences, micro_batch_size: int
+    function: Callable[[Sequences], Tensor],
+    batch: Sequences,
+    micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> Tensor:
     """``function`` (of a micro-batch, giving [b, t]) over the whole batch, fp32 [B, T]."""
+    world, lengths = World(), batch.lengths()
     result = torch.zeros_like(batch.responses, dtype=torch.float32)
-    rows = range(len(batch))
-    for part, micro_batch in batch.micro_batches(rows, micro_batch_size, batch.lengths()):
-        values = function(micro_batch)
-        index = torch.as_tensor(part, device=result.device)
-        result[index, : values.shape[1]] = values
-    return result
+    parts = rank_micro_batches(
+        range(len(batch)),
+        [sum(both) for both in lengths],
+        size=micro_batch_size,
+        tokens=micro_batch_tokens,
+        rank=world.rank,
+        ranks=world.size,
+    )
+    for part in parts:
+        values = function(batch.micro_batch(part, lengths))
+        if part:
+            index = torch.as_tensor(part, device=result.device)
+            result[index, : values.shape[1]] = values
+    # Every row is zero on all ranks but one, so the sum is exact.
+    return world.all_reduce_sum(result)
 
 
 def estimate_advantages(experience: Experience, config: PPOConfig) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.data import ChatFormat, prepare_tokenizer
 from rlhf.engine import (
     Engine,
+    Frozen,
+    Resumable,
     Trackers,
-    begin_training,
+    World,
     check_config,
     check_kernels,
     ensure_writable,
     save_config,
     save_model,
 )
+from rlhf.engine.resume import fingerprint, model_fingerprint
 from rlhf.models import (
     check_linear_head,
     context_length,
@@ -27,7 +30,7 @@ from rlhf.models import (
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.critic import make_critic, make_reference
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.generation import Generated, GenerationSettings, generate
+from rlhf.ppo.generation import Generated, GenerationSettings
 from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats
 from rlhf.ppo.prompts import (
     PromptOrder,
@@ -37,8 +40,9 @@ from rlhf.ppo.prompts import (
     read_prompts,
 )
 from rlhf.ppo.rollout import estimate_advantages, make_experience
-from rlhf.ppo.scoring import Reward, check_reward, score_responses
+from rlhf.ppo.scoring import Reward, check_reward
 from rlhf.ppo.seeds import derive_seed
+from rlhf.ppo.sharing import check_share, shared_generation, shared_scores
 from rlhf.ppo.update import run_epochs
 
 KEY_FIGURES = ("reward", "score", "kl", "entropy", "approx_kl", "clip_fraction", "eos_rate")
@@ -46,7 +50,7 @@ KEY_FIGURES = ("reward", "score", "kl", "entropy", "approx_kl", "clip_fraction",
 PRIMITIVES = ("token_logprobs_forward", "token_logprobs_backward", "rollout_forward", "whiten")
 
 
-class PPOTrainer:
+class PPOTrainer(Resumable):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) against a reward.
 
     ``train()`` is nothing but the loop that a user may write instead::
@@ -94,6 +98,7 @@ class PPOTrainer:
         check_reward(reward)
         ensure_writable(config.output_dir)
         check_kernels(*PRIMITIVES)
+        check_share(config.batch_size, World.join())
         self.config = config
         self.reward = reward
         self.tokenizer = load_tokenizer(tokenizer, policy)
@@ -105,6 +110,11 @@ class PPOTrainer:
         critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
         critic.config.pad_token_id = self.tokenizer.pad_token_id
         reference = make_reference(reference, policy)
+        made_from = {
+            "policy": model_fingerprint(policy),
+            "critic": model_fingerprint(critic),
+            "reference": model_fingerprint(reference),
+        }
         known = [context_length(model) for model in (policy, critic, reference)]
         self.context = min((length for length in known if length is not None), default=None)
 
@@ -119,9 +129,9 @@ class PPOTrainer:
             critic, config, steps, learning_rate=critic_rate, name="the critic"
         )
         self.device = self.policy_engine.device
-        self.reference = reference.to(self.device)
-        self.rollouts_done = 0
+        self.frozen_reference = Frozen(reference, config)
         self.updates_done = 0
+        self._prepare_to_resume(prompts=fingerprint(self.rows), **made_from)
 
     @property
     def policy(self) -> Any:
@@ -132,6 +142,29 @@ class PPOTrainer:
     def critic(self) -> Any:
         """The model that estimates values."""
         return self.critic_engine.model
+
+    @property
+    def reference(self) -> Any:
+        """The model that the KL penalty keeps the policy near."""
+        return self.frozen_reference.model
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The engines of the models that are trained, by name."""
+        return {"policy": self.policy_engine, "critic": self.critic_engine}
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self.updates_done
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the engines and the random states."""
+        return {"updates_done": self.updates_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up ``state_dict`` again."""
+        self.updates_done = state["updates_done"]
 
     @property
     def prompts(self) -> Iterator[list[PromptRow]]:
@@ -150,30 +183,39 @@ class PPOTrainer:
 
         Raises:
             RuntimeError: All updates are done.
+            CheckpointError: ``output_dir`` has checkpoints of an earlier training.
+            Interrupted: SIGTERM or SIGINT has come; a checkpoint is written.
         """
-        config = self.config
-        if self.finished:
-            raise RuntimeError(
-                f"this training is finished: all {config.total_updates} updates are done. save() "
-                "writes its models; make a new trainer to train them further."
-            )
-        if self.policy_engine.world.is_main:
-            begin_training(config, self._critic_folder)
+        self._require_unfinished()
         metrics: dict[str, float] = {}
-        with Trackers(
-            config.trackers if self.policy_engine.world.is_main else [],
+        with self._session(self._critic_folder), self._trackers() as trackers:
+            for prompts in self.prompts:
+                experience = self.rollout(prompts)
+                metrics = self.update(experience)
+                if self.updates_done % self.config.log_every == 0 or self.finished:
+                    trackers.log(metrics, self.updates_done)
+                self._after_step(last=self.finished)
+        self.policy_engine.require_progress()
+        self.save()
+        return metrics
+
+    def _trackers(self) -> Trackers:
+        config = self.config
+        return Trackers(
+            config.trackers if self.world.is_main else [],
             config.output_dir,
             config.total_updates,
             title="ppo",
             key_figures=KEY_FIGURES,
-        ) as trackers:
-            for prompts in self.prompts:
-                experience = self.rollout(prompts)
-                metrics = self.update(experience)
-                if self.updates_done % config.log_every == 0 or self.finished:
-                    trackers.log(metrics, self.updates_done)
-        self.save()
-        return metrics
+            resumed_at=self.resumed_at,
+        )
+
+    def _require_unfinished(self) -> None:
+        if self.finished:
+            raise RuntimeError(
+                f"this training is finished: all {self.config.total_updates} updates are done. "
+                "save() writes its models; make a new trainer to train them further."
+            )
 
     @property
     def finished(self) -> bool:
@@ -187,28 +229,28 @@ class PPOTrainer:
             RewardError: The reward failed or returned something unusable. Nothing has changed.
             DataError: A prompt is malformed or too long.
         """
-        config = self.config
         rows = read_prompts(prompts)
         encoded = self._encode(rows, "prompts of this rollout")
+        check_share(len(rows), self.world)
         clock = Stopwatch(self.device)
         with clock.phase("generate"):
             generated = self._sample(encoded)
+        self._interruption.check()
         with clock.phase("score"):
-            scores = score_responses(self.reward, rows, generated.texts)
+            scores = shared_scores(self.reward, rows, generated.texts, self.world)
+        self._interruption.check()
         with clock.phase("logprobs"):
-            with self.policy_engine.autocast():
-                experience = make_experience(
-                    rows,
-                    generated,
-                    scores.to(self.device),
-                    policy=self.policy,
-                    reference=self.reference,
-                    critic=self.critic,
-                    config=config,
-                )
-            estimate_advantages(experience, config)
+            experience = make_experience(
+                rows,
+                generated,
+                scores.to(self.device),
+                policy=self.policy_engine,
+                reference=self.frozen_reference,
+                critic=self.critic_engine,
+                config=self.config,
+            )
+            estimate_advantages(experience, self.config)
         experience.seconds = clock.seconds
-        self.rollouts_done += 1
         return experience
 
     def estimate_advantages(self, experience: Experience) -> None:
@@ -222,7 +264,7 @@ class PPOTrainer:
             The metrics of rollout and update that ``docs/ppo.md`` lists.
 
         Raises:
-            NonFiniteError: The loss, or gradients three times in a row, were NaN or infinite.
+            NonFiniteError: The loss or gradients were NaN or infinite too often.
         """
         clock = Stopwatch(self.device)
         with clock.phase("update"):
@@ -240,11 +282,12 @@ class PPOTrainer:
         """Write the policy to ``output_dir`` and the critic to ``output_dir/critic``, each a
         Hugging Face folder with the tokenizer.
         """
-        if not self.policy_engine.world.is_main:
-            return
-        save_model(self.critic, self.tokenizer, self._critic_folder)
-        save_model(self.policy, self.tokenizer, self.config.output_dir)
-        save_config(self.config, self.config.output_dir)
+        weights = {name: engine.whole_weights() for name, engine in self.engines.items()}
+        if self.world.is_main:
+            save_model(self.critic, self.tokenizer, self._critic_folder, weights["critic"])
+            save_model(self.policy, self.tokenizer, self.config.output_dir, weights["policy"])
+            save_config(self.config, self.config.output_dir)
+        self.world.barrier()
 
     @property
     def _critic_folder(self) -> Path:
@@ -271,8 +314,10 @@ class PPOTrainer:
             batch_size=config.generation_batch_size or len(prompt_ids),
             dtype=config.dtype,
         )
-        seed = derive_seed(config.seed, "generate", self.rollouts_done)
-        return generate(self.policy, self.tokenizer, prompt_ids, settings, seed=seed)
+        seed = derive_seed(config.seed, "generate", self.updates_done)
+        return shared_generation(
+            self.policy_engine, self.tokenizer, prompt_ids, settings, seed=seed
+        )
 
     def _metrics(
         self, experience: Experience, stats: UpdateStats, seconds: dict[str, float]

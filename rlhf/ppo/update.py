@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, NonFiniteError, World, discarding_on_error
+from rlhf.engine import Engine, NonFiniteError, discarding_on_error, rank_micro_batches
 from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.forward import head_inputs, response_values
 from rlhf.ppo.metrics import LOSSES, UpdateStats
-from rlhf_kernels import linear_ppo_loss
+from rlhf_kernels import PPOLossStats, linear_ppo_loss
 
 
 def run_epochs(
@@ -24,31 +25,35 @@ def run_epochs(
     """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
     stats = UpdateStats(policy.device)
     lengths = experience.lengths()
-    with discarding_on_error(policy, critic), naming_the_loss(stats, experience):
+    totals = [sum(both) for both in lengths]
+    with discarding_on_error(policy, critic), saying_how_large(experience.scores):
         for rows in minibatches(len(experience), config, seed):
-            minibatch = experience.select(rows)
-            normalizer = loss_normalizer(minibatch, config.aggregation, policy.world)
-            for _, part in experience.micro_batches(rows, config.micro_batch_size, lengths):
-                accumulate(part, policy, critic, config, normalizer, stats)
+            normalizer = loss_normalizer(experience.select(rows), config.aggregation)
+            parts = rank_micro_batches(
+                rows,
+                totals,
+                size=config.micro_batch_size,
+                tokens=config.micro_batch_tokens,
+                rank=policy.world.rank,
+                ranks=policy.world.size,
+            )
+            for number, part in enumerate(parts, start=1):
+                batch, last = experience.micro_batch(part, lengths), number == len(parts)
+                accumulate(batch, policy, critic, config, normalizer, stats, last=last)
             stats.end_step(policy.step(), critic.step())
+    stats.reduce(policy.world)
     return stats
 
 
 @contextmanager
-def naming_the_loss(stats: UpdateStats, experience: Experience) -> Iterator[None]:
-    """Say in a NonFiniteError which of the two losses it was; the engine knows only their sum."""
+def saying_how_large(scores: Tensor) -> Iterator[None]:
+    """Add to a NonFiniteError how large the scores are: the usual reason for it."""
     try:
         yield
     except NonFiniteError as error:
-        sums = dict(zip(LOSSES, stats.losses.tolist()))
-        bad = [name.replace("_", " ") for name, value in sums.items() if not math.isfinite(value)]
-        reach = f"The scores of this batch reach {experience.scores.abs().max().item():.3g}"
-        if not bad:  # a gradient, of which the engine has said whose
-            raise NonFiniteError(f"{error} {reach}.") from error
         raise NonFiniteError(
-            f"the {' and the '.join(bad)} became NaN or infinite; this step was not taken. {reach} "
-            "and should be around 1: scale the rewards if they are far from it, else lower the "
-            "learning rate."
+            f"{error} The scores of this batch reach {scores.abs().max().item():.3g} and should be "
+            "around 1: scale the rewards if they are far from it."
         ) from error
 
 
@@ -67,32 +72,39 @@ def accumulate(
     config: PPOConfig,
     normalizer: Tensor,
     stats: UpdateStats,
+    *,
+    last: bool = True,
 ) -> None:
     """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
     with policy.autocast():
-        values = response_values(critic.model, part)
-        hidden, weight, bias, _ = head_inputs(policy.model, part)
-        loss, loss_stats = linear_ppo_loss(
-            hidden,
-            weight,
-            part.responses,
-            part.logprobs,
-            part.advantages,
-            part.response_mask,
-            bias=bias,
-            values=values,
-            old_values=part.values,
-            returns=part.returns,
-            temperature=config.temperature,
-            config=config.loss_config(),
-            normalizer=normalizer,
-        )
+        values = critic.run(partial(response_values, batch=part), last=last)
+
+        def policy_loss(model: Any) -> tuple[Tensor, PPOLossStats]:
+            hidden, weight, bias, _ = head_inputs(model, part)
+            return linear_ppo_loss(
+                hidden,
+                weight,
+                part.responses,
+                part.logprobs,
+                part.advantages,
+                part.response_mask,
+                bias=bias,
+                values=values,
+                old_values=part.values,
+                returns=part.returns,
+                temperature=config.temperature,
+                config=config.loss_config(),
+                normalizer=normalizer,
+            )
+
+        loss, loss_stats = policy.run(policy_loss, last=last)
     stats.add(loss_stats, part.response_mask.sum())
-    policy.backward(loss)
+    terms = {name.replace("_", " "): getattr(loss_stats, name) for name in LOSSES}
+    policy.backward(loss, terms=terms, beside=[critic])
 
 
-def loss_normalizer(minibatch: Experience, aggregation: str, world: World) -> Tensor:
+def loss_normalizer(minibatch: Experience, aggregation: str) -> Tensor:
     """What the whole minibatch's loss is divided by, so that its micro-batches add up to it."""
     mask = minibatch.response_mask
     counted = mask if aggregation == "token-mean" else mask.any(1)
-    return world.all_reduce_sum(counted.sum().float()).clamp(min=1)
+    return counted.sum().float().clamp(min=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.engine import micro_batches
 from rlhf.models import token_scores
 from rlhf.ppo import Experience, PPOTrainer
 from rlhf.ppo.metrics import UpdateStats
@@ -22,11 +23,13 @@ def gradients(trainer: PPOTrainer, experience: Experience, micro_batch_size: int
     """The gradients of one step on the whole experience, of policy and critic."""
     config = dataclasses.replace(trainer.config, micro_batch_size=micro_batch_size)
     engines = trainer.policy_engine, trainer.critic_engine
-    rows = list(range(len(experience)))
-    normalizer = loss_normalizer(experience, config.aggregation, engines[0].world)
+    lengths = experience.lengths()
+    normalizer = loss_normalizer(experience, config.aggregation)
     stats = UpdateStats(trainer.device)
-    for _, part in experience.micro_batches(rows, micro_batch_size, experience.lengths()):
-        accumulate(part, *engines, config, normalizer, stats)
+    for part in micro_batches(
+        range(len(experience)), [sum(both) for both in lengths], size=micro_batch_size
+    ):
+        accumulate(experience.micro_batch(part, lengths), *engines, config, normalizer, stats)
     found = [p.grad.clone() for engine in engines for p in engine.parameters]
     for engine in engines:
         engine.optimizer.zero_grad()

@@ -1,0 +1,290 @@
+"""Checkpoints: all that a training needs to go on as if it had not stopped.
+
+Weights and optimizer states go through ``torch.distributed.checkpoint`` into safetensors, each rank
+writing what it holds; everything else is ``state.json``. A checkpoint is written beside its place
+and renamed when it is whole, so one that is there can be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rlhf.engine.engine import Engine
+from rlhf.engine.randomness import random_state, set_random_state
+from rlhf.engine.world import World
+from rlhf.files import PARTIAL, OutputError, write_json
+
+FOLDER = "checkpoints"
+STATE = "state.json"
+PREFIX = "step-"
+DISCARDED = ".discarded-"
+# safetensors builds a file in memory before it writes it, so files are kept small.
+BYTES_PER_FILE = 1 << 30
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not there, cannot be read, or belongs to another training."""
+
+
+class Checkpoints:
+    """The checkpoints of one training, in ``output_dir/checkpoints``.
+
+    Every rank calls ``save`` and ``load``; the main rank does what is done once.
+
+    Args:
+        output_dir: The training's folder.
+        keep: How many of the newest to keep. The one with the largest metric is kept besides.
+    """
+
+    def __init__(self, output_dir: str | Path, keep: int) -> None:
+        self.folder = Path(output_dir) / FOLDER
+        self.keep = keep
+        self.world = World()
+
+    def save(
+        self,
+        step: int,
+        engines: Mapping[str, Engine],
+        state: Mapping[str, Any],
+        metric: float | None = None,
+    ) -> Path:
+        """Write a checkpoint, then remove those that need not be kept.
+
+        Args:
+            step: Its number; a later one of the same number takes its place.
+            engines: Whose weights, optimizer states and counters to write, by name.
+            state: Everything else; JSON values.
+            metric: How good the models are (larger is better); None if unknown.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OutputError: It cannot be written; earlier ones are untouched.
+        """
+        target = self.folder / f"{PREFIX}{step:08d}"
+        partial = self.folder / f"{PARTIAL}-{target.name}"
+        written = {
+            "step": step,
+            "metric": metric,
+            "world_size": self.world.size,
+            "engines": {name: engine_state(engine) for name, engine in engines.items()},
+            "state": dict(state),
+            "random": self.world.gather(random_state()),
+        }
+        with self._naming_failures(target, partial):
+            self._on_main(lambda: self._begin(partial))
+            for name, engine in engines.items():
+                save_tensors(engine_tensors(engine), partial / name)
+            self._on_main(lambda: self._finish(partial, target, written))
+        return target
+
+    def list(self) -> list[Path]:
+        """The checkpoints that are there, oldest first."""
+        return sorted(path.parent for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
+
+    def find(self, name: str | Path | None) -> Path:
+        """A checkpoint's folder: the newest one for None or "latest", else the one named.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        if name is None or str(name) == "latest":
+            found = self.list()
+            if not found:
+                raise CheckpointError(
+                    f"there is no checkpoint in {self.folder}, so nothing to resume. Set "
+                    "save_every to have some written, and start without resume."
+                )
+            return found[-1]
+        folder = Path(name).expanduser()
+        if not (folder / STATE).is_file():
+            raise CheckpointError(
+                f"{folder} is no checkpoint: it has no {STATE}. Name one of those in "
+                f"{self.folder}, or none for the newest."
+            )
+        return folder
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """A checkpoint's ``state.json``: see ``save``.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        try:
+            return json.loads((folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from error
+
+    def load(self, folder: Path, engines: Mapping[str, Engine]) -> None:
+        """Put weights, optimizer states, counters and random states back, at any world size.
+
+        Raises:
+            CheckpointError: A model of the checkpoint has other weights than the engine's.
+        """
+        written = self.read(folder)
+        for name, engine in engines.items():
+            load_tensors(engine, folder / name, written["engines"][name])
+        ranks = written["random"]
+        if self.world.rank < len(ranks):
+            set_random_state(ranks[self.world.rank])
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Have the main rank do something; if it fails, it fails on every rank."""
+        failure = None
+        if self.world.is_main:
+            try:
+                action()
+            except OSError as error:
+                failure = error
+        failure = self.world.broadcast(failure)
+        if failure is not None:
+            raise failure
+
+    def _begin(self, partial: Path) -> None:
+        """Make the folder to write to, and remove what an interrupted save or removal left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in (f"{PARTIAL}-*", f"{DISCARDED}*"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
+        partial.mkdir()
+
+    def _finish(self, partial: Path, target: Path, written: dict[str, Any]) -> None:
+        write_json(partial / STATE, written)
+        put_in_place(partial, target)
+        found = self.list()
+        rated = [(self.read(folder)["metric"], folder) for folder in found]
+        known = [(metric, folder) for metric, folder in rated if metric is not None]
+        keep = {*found[-self.keep :], *([max(known)[1]] if known else [])}
+        for folder in set(found) - keep:
+            discard(folder)
+
+    @contextmanager
+    def _naming_failures(self, target: Path, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError | SafetensorError | CheckpointException):
+                raise OutputError(
+                    f"cannot write the checkpoint {target}: {cause(error)}. Earlier checkpoints "
+                    "are untouched. Make room, or change keep_checkpoints or output_dir."
+                ) from error
+            raise
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a whole checkpoint, once the disk has it."""
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    if target.exists():
+        discard(target)
+    os.rename(partial, target)
+    sync(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; an interrupted removal leaves none that looks whole."""
+    away = folder.with_name(DISCARDED + folder.name)
+    os.rename(folder, away)
+    shutil.rmtree(away)
+
+
+def sync(path: Path) -> None:
+    """Have the disk write a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cause(error: BaseException) -> str:
+    """Why a save failed, in a line: of several ranks' failures the first."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def engine_state(engine: Engine) -> dict[str, Any]:
+    """An engine's counters."""
+    return {"steps_done": engine.steps_done, "skipped_in_a_row": engine.skipped_in_a_row}
+
+
+def engine_tensors(engine: Engine) -> dict[str, Tensor]:
+    """What an engine's optimizer reads and writes, by name; under FSDP this rank's shards."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in engine.named_parameters.items():
+        tensors[f"weights.{name}"] = parameter.detach()
+        for key, value in engine.optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors as safetensors files into a new folder; DTensors as their shards."""
+    number, filled, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > BYTES_PER_FILE:
+            number, filled = number + 1, 0
+        files[name] = number
+        filled += size
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=files, save_distributed=True
+    )
+    with ignoring_single_process():
+        dcp.save(tensors, storage_writer=writer)
+
+
+def load_tensors(engine: Engine, folder: Path, counters: Mapping[str, Any]) -> None:
+    """Fill an engine with what ``save_tensors`` and ``engine_state`` wrote."""
+    saved = set(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    if any(name.startswith("optimizer.") for name in saved):
+        create_optimizer_state(engine)
+    tensors = engine_tensors(engine)
+    if saved != set(tensors):
+        name = min(saved ^ set(tensors))
+        raise CheckpointError(
+            f"{folder} belongs to another model: {name} is only in "
+            f"{'the checkpoint' if name in saved else 'the model'}. Give the models that this "
+            "training began with."
+        )
+    with ignoring_single_process():
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    if engine.masters is not None:
+        engine.masters.write_back()
+    engine.steps_done = counters["steps_done"]
+    engine.skipped_in_a_row = counters["skipped_in_a_row"]
+
+
+def create_optimizer_state(engine: Engine) -> None:
+    """Have the optimizer make its state, as its first step does, by one that changes nothing."""
+    for parameter in engine.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+
+
+@contextmanager
+def ignoring_single_process() -> Iterator[None]:
+    """Without torch.distributed's note that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        yield

@@ -1,0 +1,86 @@
+"""The optimizer, and the float32 weights that it updates where the model's own are bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.engine.config import TrainingConfig
+
+
+def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name.
+
+    Raises:
+        ValueError: There are none, or one is not float32.
+    """
+    named = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(f"{name} has no trainable parameter")
+    for key, parameter in named.items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: parameter {key} is {parameter.dtype}; load the model in float32 "
+                "(dtype decides the precision of matrix products, weights that of the weights)"
+            )
+    return named
+
+
+def make_optimizer(
+    parameters: list[nn.Parameter], config: TrainingConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay on matrices only."""
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+class MasterWeights:
+    """Float32 copies of weights, for the optimizer; the model's own become bfloat16.
+
+    An update is often smaller than a bfloat16 weight's last digit and would be lost (Micikevicius
+    et al. 2018, arXiv 1710.03740). Gradients are added up in float32 too: each is taken from the
+    model as soon as it is there, so that the model holds none.
+
+    Attributes:
+        named: The copies, by the names of the model's parameters.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter]) -> None:
+        self.named = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
+        self._pairs = [(self.named[name], p) for name, p in named.items()]
+        for master, parameter in self._pairs:
+            parameter.data = parameter.data.bfloat16()
+            parameter.register_post_accumulate_grad_hook(self._taker(master))
+
+    def write_back(self) -> None:
+        """Round the copies into the model."""
+        with torch.no_grad():
+            for master, parameter in self._pairs:
+                parameter.copy_(master)
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The copies by every name that the model has for their parameters, tied ones too."""
+        copies = {id(parameter): master.detach() for master, parameter in self._pairs}
+        names = model.named_parameters(remove_duplicate=False)
+        return {name: copies[id(p)] for name, p in names if id(p) in copies}
+
+    @staticmethod
+    def _taker(master: nn.Parameter):  # type: ignore[no-untyped-def]
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+        return take
