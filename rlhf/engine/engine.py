@@ -176,10 +176,15 @@ class Engine:
         """
         if isinstance(self.module, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            return dict(get_model_state_dict(self.model, options=options))  # type: ignore[arg-type]
-        if self.masters is not None:
-            return {**self.model.state_dict(), **self.masters.state_dict(self.model)}
-        return None
+            weights: dict[str, Any] = dict(get_model_state_dict(self.model, options=options))
+        elif self.masters is not None:
+            weights = {**self.model.state_dict(), **self.masters.named}
+        else:
+            return None
+        # Of weights that are tied, under one name only, as transformers saves them.
+        first_names = {name for name, _ in self.model.named_parameters()}
+        all_names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: w for name, w in weights.items() if name not in all_names - first_names}
 
     def discard(self) -> None:
         """Drop what ``backward`` has gathered since the last step, so that none of it is left for

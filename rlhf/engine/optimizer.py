@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -69,14 +71,8 @@ class MasterWeights:
             for master, parameter in self._pairs:
                 parameter.copy_(master)
 
-    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The copies by every name that the model has for their parameters, tied ones too."""
-        copies = {id(parameter): master.detach() for master, parameter in self._pairs}
-        names = model.named_parameters(remove_duplicate=False)
-        return {name: copies[id(p)] for name, p in names if id(p) in copies}
-
     @staticmethod
-    def _taker(master: nn.Parameter):  # type: ignore[no-untyped-def]
+    def _taker(master: nn.Parameter) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradient = parameter.grad.float()

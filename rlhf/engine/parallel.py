@@ -7,6 +7,7 @@ function with the model": inside it all weights are whole and gradients find the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,10 @@ def distribute(model: nn.Module, strategy: str, dtype: torch.dtype) -> nn.Module
         return calling
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return calling  # nothing to sum; DDP refuses such a model
-    return DistributedDataParallel(calling, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers here are constants (rotary frequencies). Newer versions of PyTorch renamed the option.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(calling, gradient_as_bucket_view=True, **{sync: False})
 
 
 def shard(calling: Calling, strategy: str, dtype: torch.dtype, world: World) -> nn.Module:

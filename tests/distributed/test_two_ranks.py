@@ -1,0 +1,104 @@
+"""Two processes under torchrun: the three trainers give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_trainings import TRAININGS
+
+from rlhf.engine import CheckpointError
+
+HERE = Path(__file__).parent
+STRATEGIES = ["ddp", "fsdp", "hybrid"]
+# They depend on the clock.
+TIMES = ("seconds/", "tokens_per_second")
+
+
+def run_on_two_ranks(strategy: str, folder: Path) -> Path:
+    """Run ``train_on_ranks.py`` in two processes; its folder of results."""
+    folder.mkdir()
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*torchrun, str(HERE / "train_on_ranks.py"), strategy, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=600,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks made under one strategy."""
+    return run_on_two_ranks(request.param, tmp_path_factory.mktemp("ranks") / request.param)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
+    """What one process makes, and its figures."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, {name: make(folder / name).train() for name, make in TRAININGS.items()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", list(TRAININGS))
+@pytest.mark.parametrize("how", ["", "_halved"])
+def test_two_ranks_match_one_process_also_when_resumed(
+    one: Any, two: Path, name: str, how: str
+) -> None:
+    folder, figures = one
+    found = json.loads((two / "figures.json").read_text())[name + how]
+    expected = {k: v for k, v in figures[name].items() if not k.startswith(TIMES)}
+    found = {k: v for k, v in found.items() if not k.startswith(TIMES)}
+    # Float32 sums in another order, through a few optimizer steps.
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    parts = ["", "critic"] if name == "ppo" else [""]
+    for part in parts:
+        theirs, ours = weights(two / (name + how) / part), weights(folder / name / part)
+        assert theirs.keys() == ours.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", list(TRAININGS))
+def test_a_halved_run_on_two_ranks_equals_the_whole_one_bit_for_bit(two: Path, name: str) -> None:
+    whole, halved = weights(two / name), weights(two / f"{name}_halved")
+    assert all(torch.equal(value, halved[key]) for key, value in whole.items())
+    lines = [
+        [
+            {k: v for k, v in json.loads(line).items() if not k.startswith(("time", *TIMES))}
+            for line in (two / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in (name, f"{name}_halved")
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("name", list(TRAININGS))
+def test_a_checkpoint_of_two_ranks_loads_in_one_process(
+    one: Any, two: Path, name: str, tmp_path: Path
+) -> None:
+    folder, figures = one
+    checkpoint = two / f"{name}_halved" / "checkpoints" / "step-00000002"
+    trainer = TRAININGS[name](tmp_path / name)
+    with pytest.raises(CheckpointError, match="world_size: 2 before, 1 now"):
+        trainer.resume(checkpoint)
+    trainer.resume(checkpoint, allow=["world_size", "parallel"])
+    metrics = trainer.train()
+    for key, value in figures[name].items():
+        if not key.startswith(TIMES):
+            assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for key, value in weights(folder / name).items():
+        torch.testing.assert_close(weights(tmp_path / name)[key], value, rtol=1e-5, atol=1e-5)
