@@ -47,7 +47,14 @@ def reward(folder: Path, **settings: Any) -> RewardTrainer:
     return RewardTrainer(config, tiny_llama(), tiny_tokenizer(), rows, rows[:3])
 
 
-def ppo(folder: Path, **settings: Any) -> PPOTrainer:
+def ppo(
+    folder: Path,
+    *,
+    prompts: Any = PROMPTS,
+    policy_seed: int = 0,
+    policy_options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> PPOTrainer:
     options = {
         **COMMON,
         "total_updates": 3,
@@ -58,7 +65,8 @@ def ppo(folder: Path, **settings: Any) -> PPOTrainer:
         **settings,
     }
     config = PPOConfig(output_dir=str(folder), **options)
-    return PPOTrainer(config, make_policy(), tiny_tokenizer(), PROMPTS, word_count)
+    policy = make_policy(policy_seed, **(policy_options or {}))
+    return PPOTrainer(config, policy, tiny_tokenizer(), prompts, word_count)
 
 
 TRAININGS = {"sft": sft, "reward": reward, "ppo": ppo}

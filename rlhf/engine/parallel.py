@@ -63,7 +63,8 @@ def distribute(model: nn.Module, strategy: str, dtype: torch.dtype) -> nn.Module
     # Buffers here are constants (rotary frequencies). Newer versions of PyTorch renamed the option.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(calling, gradient_as_bucket_view=True, **{sync: False})
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(calling, **options)
 
 
 def shard(calling: Calling, strategy: str, dtype: torch.dtype, world: World) -> nn.Module:
