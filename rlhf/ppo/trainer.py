@@ -28,15 +28,24 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.critic import make_critic, make_reference
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, GenerationSettings, generate
-from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats
+from rlhf.ppo.kl_control import KLController
+from rlhf.ppo.metrics import (
+    Stopwatch,
+    UpdateStats,
+    experience_figures,
+    to_floats,
+    unused_figures,
+)
 from rlhf.ppo.prompts import (
     PromptOrder,
     PromptRow,
     check_room_for_reward,
     encode_prompts,
     read_prompts,
+    repeat_each,
 )
 from rlhf.ppo.rollout import estimate_advantages, make_experience
+from rlhf.ppo.score_shaping import ScoreShaper
 from rlhf.ppo.scoring import Reward, check_reward, score_responses
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import run_epochs
@@ -68,7 +77,7 @@ class PPOTrainer:
             finite number for each response.
         critic: A model with one score per position: an id, a folder or an object, which is trained
             in place. None: a copy of the reward model if that has the policy's tokenizer, else the
-            policy's trunk with a new head.
+            policy's trunk with a new head. An advantage estimator without a critic takes none.
         reference: The model that the KL penalty keeps the policy near. None: a copy of the policy.
 
     Raises:
@@ -77,6 +86,7 @@ class PPOTrainer:
             the message names its row.
         ModelError: A model cannot be loaded or does not fit the others.
         TypeError: The reward is no callable, or the config another trainer's.
+        ValueError: A critic was given to an advantage estimator that has none.
         BackendUnavailableError: RLHF_KERNELS_BACKEND names a backend that cannot run here.
     """
 
@@ -102,22 +112,34 @@ class PPOTrainer:
         policy = load_causal_lm(policy)
         check_linear_head(policy)
         disable_dropout(policy)
-        critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
-        critic.config.pad_token_id = self.tokenizer.pad_token_id
+        if config.estimator.needs_critic:
+            critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
+            critic.config.pad_token_id = self.tokenizer.pad_token_id
+        elif critic is not None:
+            raise ValueError(
+                f"advantage_estimator={config.advantage_estimator!r} trains without a critic; "
+                "leave the critic out, or choose gae"
+            )
         reference = make_reference(reference, policy)
-        known = [context_length(model) for model in (policy, critic, reference)]
+        models = [model for model in (policy, critic, reference) if model is not None]
+        known = [context_length(model) for model in models]
         self.context = min((length for length in known if length is not None), default=None)
 
         self.rows = read_prompts(prompts)
         self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
-        self.prompt_order = PromptOrder(len(self.rows), config.batch_size, config.seed)
+        self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
         steps = config.total_updates * config.steps_per_update
+        warmup = config.critic_warmup_updates * config.steps_per_update
         critic_rate = config.critic_learning_rate
-        self.policy_engine = Engine(policy, config, steps, name="the policy")
-        self.critic_engine = Engine(
-            critic, config, steps, learning_rate=critic_rate, name="the critic"
+        self.policy_engine = Engine(policy, config, steps - warmup, name="the policy")
+        self.critic_engine = (
+            None
+            if critic is None
+            else Engine(critic, config, steps, learning_rate=critic_rate, name="the critic")
         )
+        self.kl_control = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.score_shaper = ScoreShaper(config)
         self.device = self.policy_engine.device
         self.reference = reference.to(self.device)
         self.rollouts_done = 0
@@ -130,8 +152,8 @@ class PPOTrainer:
 
     @property
     def critic(self) -> Any:
-        """The model that estimates values."""
-        return self.critic_engine.model
+        """The model that estimates values; None where the advantage estimator needs none."""
+        return None if self.critic_engine is None else self.critic_engine.model
 
     @property
     def prompts(self) -> Iterator[list[PromptRow]]:
@@ -158,7 +180,7 @@ class PPOTrainer:
                 "writes its models; make a new trainer to train them further."
             )
         if self.policy_engine.world.is_main:
-            begin_training(config, self._critic_folder)
+            begin_training(config, *([] if self.critic is None else [self._critic_folder]))
         metrics: dict[str, float] = {}
         with Trackers(
             config.trackers if self.policy_engine.world.is_main else [],
@@ -181,7 +203,8 @@ class PPOTrainer:
         return self.updates_done >= self.config.total_updates
 
     def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
-        """Sample a response to each prompt and work out all that an update needs.
+        """Sample ``responses_per_prompt`` responses to each prompt, one after another, and work out
+        all that an update needs.
 
         Raises:
             RewardError: The reward failed or returned something unusable. Nothing has changed.
@@ -190,6 +213,8 @@ class PPOTrainer:
         config = self.config
         rows = read_prompts(prompts)
         encoded = self._encode(rows, "prompts of this rollout")
+        copies = config.responses_per_prompt
+        rows, encoded = repeat_each(rows, copies), repeat_each(encoded, copies)
         clock = Stopwatch(self.device)
         with clock.phase("generate"):
             generated = self._sample(encoded)
@@ -206,17 +231,19 @@ class PPOTrainer:
                     critic=self.critic,
                     config=config,
                 )
-            estimate_advantages(experience, config)
+            self.estimate_advantages(experience)
         experience.seconds = clock.seconds
         self.rollouts_done += 1
         return experience
 
     def estimate_advantages(self, experience: Experience) -> None:
         """Set advantages, returns, rewards and kl anew, for whoever changed the scores."""
-        estimate_advantages(experience, self.config)
+        estimate_advantages(experience, self.config, self.score_shaper, self.kl_control.coef)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on the experience: ``epochs`` passes in shuffled minibatches.
+
+        Then let the KL coefficient and the moments of the scores follow it.
 
         Returns:
             The metrics of rollout and update that ``docs/ppo.md`` lists.
@@ -225,6 +252,7 @@ class PPOTrainer:
             NonFiniteError: The loss, or gradients three times in a row, were NaN or infinite.
         """
         clock = Stopwatch(self.device)
+        train_policy = self.updates_done >= self.config.critic_warmup_updates
         with clock.phase("update"):
             stats = run_epochs(
                 experience,
@@ -232,17 +260,23 @@ class PPOTrainer:
                 self.critic_engine,
                 self.config,
                 seed=derive_seed(self.config.seed, "minibatches", self.updates_done),
+                train_policy=train_policy,
             )
         self.updates_done += 1
-        return self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+        metrics = self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+        self.score_shaper.remember(experience.scores)
+        if train_policy:  # before that there is no divergence to control
+            self.kl_control.update(metrics["kl"], len(experience))
+        return metrics
 
     def save(self) -> None:
-        """Write the policy to ``output_dir`` and the critic to ``output_dir/critic``, each a
-        Hugging Face folder with the tokenizer.
+        """Write the policy to ``output_dir`` and the critic, if there is one, to
+        ``output_dir/critic``, each a Hugging Face folder with the tokenizer.
         """
         if not self.policy_engine.world.is_main:
             return
-        save_model(self.critic, self.tokenizer, self._critic_folder)
+        if self.critic is not None:
+            save_model(self.critic, self.tokenizer, self._critic_folder)
         save_model(self.policy, self.tokenizer, self.config.output_dir)
         save_config(self.config, self.config.output_dir)
 
@@ -278,10 +312,11 @@ class PPOTrainer:
         self, experience: Experience, stats: UpdateStats, seconds: dict[str, float]
     ) -> dict[str, float]:
         figures = {**experience_figures(experience), **stats.on_device()}
-        if self.config.dual_clip is None:
-            del figures["dual_clip_fraction"]
+        for name in unused_figures(self.config):
+            del figures[name]
         tokens = experience.response_mask.sum()
         metrics = to_floats({**figures, "tokens": tokens})
+        metrics["kl_coef"] = experience.kl_coef
         metrics.update(stats.on_host())
         metrics["tokens_per_second"] = metrics.pop("tokens") / sum(seconds.values())
         metrics.update({f"seconds/{name}": value for name, value in seconds.items()})

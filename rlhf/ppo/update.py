@@ -19,18 +19,39 @@ from rlhf_kernels import linear_ppo_loss
 
 
 def run_epochs(
-    experience: Experience, policy: Engine, critic: Engine, config: PPOConfig, *, seed: int
+    experience: Experience,
+    policy: Engine,
+    critic: Engine | None,
+    config: PPOConfig,
+    *,
+    seed: int,
+    train_policy: bool = True,
 ) -> UpdateStats:
-    """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
+    """``config.epochs`` passes over the experience, an optimizer step for each minibatch.
+
+    A step beyond ``config.max_approx_kl`` is the last one; schedules go on as if all were taken.
+    """
     stats = UpdateStats(policy.device)
     lengths = experience.lengths()
-    with discarding_on_error(policy, critic), naming_the_loss(stats, experience):
-        for rows in minibatches(len(experience), config, seed):
+    steps = list(minibatches(len(experience), config, seed))
+    engines = [policy] * train_policy + ([] if critic is None else [critic])
+    with discarding_on_error(*engines), naming_the_loss(stats, experience):
+        for rows in steps:
             minibatch = experience.select(rows)
             normalizer = loss_normalizer(minibatch, config.aggregation, policy.world)
             for _, part in experience.micro_batches(rows, config.micro_batch_size, lengths):
-                accumulate(part, policy, critic, config, normalizer, stats)
-            stats.end_step(policy.step(), critic.step())
+                accumulate(part, policy, critic, config, normalizer, stats, train_policy)
+            too_far = config.max_approx_kl is not None and (
+                stats.step_approx_kl(policy.world) > config.max_approx_kl
+            )
+            stats.end_step(
+                policy.step() if train_policy else {}, {} if critic is None else critic.step()
+            )
+            if too_far:
+                break
+    for engine in engines:
+        engine.steps_done += len(steps) - stats.steps
+    stats.early_stopped = stats.steps < len(steps)
     return stats
 
 
@@ -63,15 +84,19 @@ def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]
 def accumulate(
     part: Experience,
     policy: Engine,
-    critic: Engine,
+    critic: Engine | None,
     config: PPOConfig,
     normalizer: Tensor,
     stats: UpdateStats,
+    train_policy: bool = True,
 ) -> None:
     """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
     with policy.autocast():
-        values = response_values(critic.model, part)
-        hidden, weight, bias, _ = head_inputs(policy.model, part)
+        values = None if critic is None else response_values(critic.model, part)
+        with torch.set_grad_enabled(train_policy):
+            hidden, weight, bias, _ = head_inputs(policy.model, part)
+        if not train_policy:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         loss, loss_stats = linear_ppo_loss(
             hidden,
             weight,
@@ -83,8 +108,9 @@ def accumulate(
             values=values,
             old_values=part.values,
             returns=part.returns,
+            ref_logprobs=part.ref_logprobs if config.kl_placement == "loss" else None,
             temperature=config.temperature,
-            config=config.loss_config(),
+            config=config.loss_config(part.kl_coef),
             normalizer=normalizer,
         )
     stats.add(loss_stats, part.response_mask.sum())
