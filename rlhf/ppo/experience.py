@@ -94,8 +94,10 @@ class Experience(Sequences):
         logprobs: fp32 [B, T], under the policy that sampled, at the training temperature; 0 where
             response_mask is False, as in all that follow.
         ref_logprobs: fp32 [B, T], under the reference.
-        values: fp32 [B, T], the critic's value of the state before each token.
-        advantages, returns, rewards, kl: fp32 [B, T], see ``rlhf_kernels.rollout_advantages``.
+        values: fp32 [B, T], the critic's value of the state before each token; None without one.
+        advantages, rewards, kl: fp32 [B, T]. returns: fp32 [B, T], the critic's targets, or None.
+            See ``rlhf.ppo.estimators``.
+        kl_coef: Weight of the KL penalty for this batch.
         seconds: Time that each phase of the rollout took.
     """
 
@@ -105,9 +107,10 @@ class Experience(Sequences):
     scores: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     rewards: Tensor
     kl: Tensor
+    kl_coef: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine import World
+from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf_kernels import PPOLossStats, masked_mean
 
@@ -64,6 +65,7 @@ class UpdateStats:
         self.step_sums: dict[str, float] = {}
         self.steps = 0
         self.steps_taken = 0
+        self.early_stopped = False
 
     def add(self, stats: PPOLossStats, tokens: Tensor) -> None:
         """Take in one micro-batch with so many valid tokens (0-dim tensor)."""
@@ -72,13 +74,17 @@ class UpdateStats:
         self.pending += torch.cat([tokens.reshape(1), tokens * means, losses])
         self.pending_ratio_max = torch.maximum(self.pending_ratio_max, stats.ratio_max)
 
+    def step_approx_kl(self, world: World) -> float:
+        """Mean over the tokens since ``end_step``, of all ranks. Waits for the device."""
+        return token_means(world.all_reduce_sum(self.pending))["approx_kl"].item()
+
     def end_step(self, policy: Mapping[str, float], critic: Mapping[str, float]) -> None:
         """Take in what the two engines said of one optimizer step."""
         self.steps += 1
         figures = {**policy, **{f"critic_{name}": value for name, value in critic.items()}}
         for name, value in figures.items():
             self.step_sums[name] = self.step_sums.get(name, 0.0) + value
-        if not policy["skipped_step"]:
+        if not (policy or critic).get("skipped_step"):
             self.steps_taken += 1
             self.sums += self.pending
             self.ratio_max = torch.maximum(self.ratio_max, self.pending_ratio_max)
@@ -108,10 +114,18 @@ class UpdateStats:
 
     def on_host(self) -> dict[str, float]:
         """What the engines gave: means over the steps, and the number of skipped ones."""
-        return {
+        figures = {
             name: total if name.endswith("skipped_step") else total / max(1, self.steps)
             for name, total in self.step_sums.items()
         }
+        return figures | {"optimizer_steps": self.steps, "early_stopped": float(self.early_stopped)}
+
+
+def unused_figures(config: PPOConfig) -> list[str]:
+    """Names of ``on_device`` that would say nothing under these settings."""
+    without_dual_clip = [] if config.dual_clip else ["dual_clip_fraction"]
+    critic = [] if config.estimator.needs_critic else ["value_loss", "value_clip_fraction"]
+    return without_dual_clip + critic
 
 
 def token_means(sums: Tensor) -> dict[str, Tensor]:
@@ -125,19 +139,28 @@ def experience_figures(experience: Experience) -> dict[str, Tensor]:
     mask = experience.response_mask
     lengths = mask.sum(1).float()
     scores = experience.scores.float()
-    return {
+    return critic_figures(experience) | {
         "reward": experience.rewards.sum(1).mean(),
         "score": scores.mean(),
         "score_std": scores.std(correction=0),
         "kl": experience.kl.sum(1).mean(),
         "kl_per_token": masked_mean(experience.kl, mask),
-        "explained_variance": explained_variance(experience.values, experience.returns, mask),
-        "value_mean": masked_mean(experience.values, mask),
-        "return_mean": masked_mean(experience.returns, mask),
         "response_length": lengths.mean(),
         "response_length_min": lengths.min(),
         "response_length_max": lengths.max(),
         "eos_rate": experience.ended.float().mean(),
+    }
+
+
+def critic_figures(experience: Experience) -> dict[str, Tensor]:
+    """What the rollout shows of the critic; nothing without one."""
+    values, returns, mask = experience.values, experience.returns, experience.response_mask
+    if values is None or returns is None:
+        return {}
+    return {
+        "explained_variance": explained_variance(values, returns, mask),
+        "value_mean": masked_mean(values, mask),
+        "return_mean": masked_mean(returns, mask),
     }
 
 

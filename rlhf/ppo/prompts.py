@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from rlhf.models import context_length
 from rlhf.ppo.seeds import derive_seed
 from rlhf.reward_model import RewardModel
 
+Item = TypeVar("Item")
 PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
 
 
@@ -25,6 +26,11 @@ def read_prompts(source: Any) -> list[PromptRow]:
     if isinstance(source, str | Path):
         return load_as(source, to_prompts)
     return to_prompts(source, "prompts")
+
+
+def repeat_each(items: Sequence[Item], copies: int) -> list[Item]:
+    """Each item so many times in a row."""
+    return [item for item in items for _ in range(copies)]
 
 
 def encode_prompts(

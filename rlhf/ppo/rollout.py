@@ -11,11 +11,12 @@ from torch import Tensor
 from rlhf.engine import Engine, World, rank_micro_batches
 from rlhf.engine.frozen import Frozen
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.estimators import Episodes
 from rlhf.ppo.experience import Experience, Sequences
 from rlhf.ppo.forward import response_logprobs, response_values
 from rlhf.ppo.generation import Generated
 from rlhf.ppo.prompts import PromptRow
-from rlhf_kernels import rollout_advantages
+from rlhf.ppo.score_shaping import ScoreShaper
 
 
 def make_experience(
@@ -25,7 +26,7 @@ def make_experience(
     *,
     policy: Engine,
     reference: Engine | Frozen,
-    critic: Engine,
+    critic: Engine | None,
     config: PPOConfig,
 ) -> Experience:
     """The experience with log-probabilities and values; its advantages are still zeros.
@@ -58,9 +59,9 @@ def make_experience(
         scores=scores,
         logprobs=over_batch(policy, logprobs),
         ref_logprobs=over_batch(reference, logprobs),
-        values=over_batch(critic, response_values),
+        values=None if critic is None else over_batch(critic, response_values),
         advantages=zeros,
-        returns=zeros,
+        returns=None if critic is None else zeros,
         rewards=zeros,
         kl=zeros,
     )
@@ -93,27 +94,32 @@ def without_gradient(
     return world.all_reduce_sum(result)
 
 
-def estimate_advantages(experience: Experience, config: PPOConfig) -> None:
-    """Set advantages, returns, rewards and kl from the scores, log-probabilities and values.
+def estimate_advantages(
+    experience: Experience, config: PPOConfig, shaper: ScoreShaper, kl_coef: float
+) -> None:
+    """Set advantages, returns, rewards, kl and kl_coef from scores, log-probabilities and values.
 
-    The score counts at the last valid token, and the episode ends there, whether it is EOS or the
-    response was cut off: nothing is bootstrapped.
+    The score, shaped, counts at the last valid token, and the episode ends there, whether it is EOS
+    or the response was cut off.
+
+    Args:
+        experience: Changed in place; its scores stay as the reward gave them.
+        config: Settings.
+        shaper: Of the scores; it remembers nothing of these.
+        kl_coef: Weight of the KL penalty.
     """
-    scores = experience.scores
-    if config.missing_eos_penalty is not None:
-        scores = scores - config.missing_eos_penalty * (~experience.ended).float()
-    result = rollout_advantages(
-        scores,
-        experience.logprobs,
-        experience.ref_logprobs,
-        experience.values,
-        experience.response_mask,
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        gamma=config.gamma,
-        lam=config.lam,
-        whiten_rewards=config.whiten_rewards,
-        whiten_advantages=config.whiten_advantages,
+    mask = experience.response_mask
+    estimate = config.estimator(
+        Episodes(
+            scores=shaper.shape(experience.scores, experience.ended, mask.sum(1)),
+            logprobs=experience.logprobs,
+            ref_logprobs=experience.ref_logprobs,
+            values=experience.values,
+            mask=mask,
+            kl_coef=kl_coef if config.kl_placement == "reward" else 0.0,
+            config=config,
+        )
     )
-    experience.advantages, experience.returns = result.advantages, result.returns
-    experience.rewards, experience.kl = result.rewards, result.kl
+    experience.advantages, experience.returns = estimate.advantages, estimate.returns
+    experience.rewards, experience.kl = estimate.rewards, estimate.kl
+    experience.kl_coef = kl_coef

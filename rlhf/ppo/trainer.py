@@ -31,15 +31,24 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.critic import make_critic, make_reference
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, GenerationSettings
-from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats
+from rlhf.ppo.kl_control import KLController
+from rlhf.ppo.metrics import (
+    Stopwatch,
+    UpdateStats,
+    experience_figures,
+    to_floats,
+    unused_figures,
+)
 from rlhf.ppo.prompts import (
     PromptOrder,
     PromptRow,
     check_room_for_reward,
     encode_prompts,
     read_prompts,
+    repeat_each,
 )
 from rlhf.ppo.rollout import estimate_advantages, make_experience
+from rlhf.ppo.score_shaping import ScoreShaper
 from rlhf.ppo.scoring import Reward, check_reward
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.sharing import check_share, shared_generation, shared_scores
@@ -72,7 +81,7 @@ class PPOTrainer(Resumable):
             finite number for each response.
         critic: A model with one score per position: an id, a folder or an object, which is trained
             in place. None: a copy of the reward model if that has the policy's tokenizer, else the
-            policy's trunk with a new head.
+            policy's trunk with a new head. An advantage estimator without a critic takes none.
         reference: The model that the KL penalty keeps the policy near. None: a copy of the policy.
 
     Raises:
@@ -81,6 +90,7 @@ class PPOTrainer(Resumable):
             the message names its row.
         ModelError: A model cannot be loaded or does not fit the others.
         TypeError: The reward is no callable, or the config another trainer's.
+        ValueError: A critic was given to an advantage estimator that has none.
         BackendUnavailableError: RLHF_KERNELS_BACKEND names a backend that cannot run here.
     """
 
@@ -107,27 +117,36 @@ class PPOTrainer(Resumable):
         policy = load_causal_lm(policy)
         check_linear_head(policy)
         disable_dropout(policy)
-        critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
-        critic.config.pad_token_id = self.tokenizer.pad_token_id
+        if config.estimator.needs_critic:
+            critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
+            critic.config.pad_token_id = self.tokenizer.pad_token_id
+        elif critic is not None:
+            raise ValueError(
+                f"advantage_estimator={config.advantage_estimator!r} trains without a critic; "
+                "leave the critic out, or choose gae"
+            )
         reference = make_reference(reference, policy)
-        made_from = {
-            "policy": model_fingerprint(policy),
-            "critic": model_fingerprint(critic),
-            "reference": model_fingerprint(reference),
-        }
-        known = [context_length(model) for model in (policy, critic, reference)]
+        named = {"policy": policy, "critic": critic, "reference": reference}
+        models = {name: model for name, model in named.items() if model is not None}
+        made_from = {name: model_fingerprint(model) for name, model in models.items()}
+        known = [context_length(model) for model in models.values()]
         self.context = min((length for length in known if length is not None), default=None)
 
         self.rows = read_prompts(prompts)
         self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
-        self.prompt_order = PromptOrder(len(self.rows), config.batch_size, config.seed)
+        self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
         steps = config.total_updates * config.steps_per_update
+        warmup = config.critic_warmup_updates * config.steps_per_update
         critic_rate = config.critic_learning_rate
-        self.policy_engine = Engine(policy, config, steps, name="the policy")
-        self.critic_engine = Engine(
-            critic, config, steps, learning_rate=critic_rate, name="the critic"
+        self.policy_engine = Engine(policy, config, steps - warmup, name="the policy")
+        self.critic_engine = (
+            None
+            if critic is None
+            else Engine(critic, config, steps, learning_rate=critic_rate, name="the critic")
         )
+        self.kl_control = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.score_shaper = ScoreShaper(config)
         self.device = self.policy_engine.device
         self.frozen_reference = Frozen(reference, config)
         self.updates_done = 0
@@ -140,8 +159,8 @@ class PPOTrainer(Resumable):
 
     @property
     def critic(self) -> Any:
-        """The model that estimates values."""
-        return self.critic_engine.model
+        """The model that estimates values; None where the advantage estimator needs none."""
+        return None if self.critic_engine is None else self.critic_engine.model
 
     @property
     def reference(self) -> Any:
@@ -151,7 +170,8 @@ class PPOTrainer(Resumable):
     @property
     def engines(self) -> dict[str, Engine]:
         """The engines of the models that are trained, by name."""
-        return {"policy": self.policy_engine, "critic": self.critic_engine}
+        engines = {"policy": self.policy_engine}
+        return engines if self.critic_engine is None else {**engines, "critic": self.critic_engine}
 
     @property
     def step(self) -> int:
@@ -160,11 +180,17 @@ class PPOTrainer(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside the engines and the random states."""
-        return {"updates_done": self.updates_done}
+        return {
+            "updates_done": self.updates_done,
+            "kl_control": self.kl_control.state_dict(),
+            "score_shaper": self.score_shaper.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up ``state_dict`` again."""
         self.updates_done = state["updates_done"]
+        self.kl_control.load_state_dict(state["kl_control"])
+        self.score_shaper.load_state_dict(state["score_shaper"])
 
     @property
     def prompts(self) -> Iterator[list[PromptRow]]:
@@ -188,7 +214,8 @@ class PPOTrainer(Resumable):
         """
         self._require_unfinished()
         metrics: dict[str, float] = {}
-        with self._session(self._critic_folder), self._trackers() as trackers:
+        folders = [] if self.critic is None else [self._critic_folder]
+        with self._session(*folders), self._trackers() as trackers:
             for prompts in self.prompts:
                 experience = self.rollout(prompts)
                 metrics = self.update(experience)
@@ -223,7 +250,8 @@ class PPOTrainer(Resumable):
         return self.updates_done >= self.config.total_updates
 
     def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
-        """Sample a response to each prompt and work out all that an update needs.
+        """Sample ``responses_per_prompt`` responses to each prompt, one after another, and work out
+        all that an update needs.
 
         Raises:
             RewardError: The reward failed or returned something unusable. Nothing has changed.
@@ -231,6 +259,8 @@ class PPOTrainer(Resumable):
         """
         rows = read_prompts(prompts)
         encoded = self._encode(rows, "prompts of this rollout")
+        copies = self.config.responses_per_prompt
+        rows, encoded = repeat_each(rows, copies), repeat_each(encoded, copies)
         check_share(len(rows), self.world)
         clock = Stopwatch(self.device)
         with clock.phase("generate"):
@@ -249,16 +279,18 @@ class PPOTrainer(Resumable):
                 critic=self.critic_engine,
                 config=self.config,
             )
-            estimate_advantages(experience, self.config)
+            self.estimate_advantages(experience)
         experience.seconds = clock.seconds
         return experience
 
     def estimate_advantages(self, experience: Experience) -> None:
         """Set advantages, returns, rewards and kl anew, for whoever changed the scores."""
-        estimate_advantages(experience, self.config)
+        estimate_advantages(experience, self.config, self.score_shaper, self.kl_control.coef)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Train policy and critic on the experience: ``epochs`` passes in shuffled minibatches.
+
+        Then let the KL coefficient and the moments of the scores follow it.
 
         Returns:
             The metrics of rollout and update that ``docs/ppo.md`` lists.
@@ -267,6 +299,7 @@ class PPOTrainer(Resumable):
             NonFiniteError: The loss or gradients were NaN or infinite too often.
         """
         clock = Stopwatch(self.device)
+        train_policy = self.updates_done >= self.config.critic_warmup_updates
         with clock.phase("update"):
             stats = run_epochs(
                 experience,
@@ -274,17 +307,23 @@ class PPOTrainer(Resumable):
                 self.critic_engine,
                 self.config,
                 seed=derive_seed(self.config.seed, "minibatches", self.updates_done),
+                train_policy=train_policy,
             )
         self.updates_done += 1
-        return self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+        metrics = self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+        self.score_shaper.remember(experience.scores)
+        if train_policy:  # before that there is no divergence to control
+            self.kl_control.update(metrics["kl"], len(experience))
+        return metrics
 
     def save(self) -> None:
-        """Write the policy to ``output_dir`` and the critic to ``output_dir/critic``, each a
-        Hugging Face folder with the tokenizer.
+        """Write the policy to ``output_dir`` and the critic, if there is one, to
+        ``output_dir/critic``, each a Hugging Face folder with the tokenizer.
         """
         weights = {name: engine.whole_weights() for name, engine in self.engines.items()}
         if self.world.is_main:
-            save_model(self.critic, self.tokenizer, self._critic_folder, weights["critic"])
+            if self.critic is not None:
+                save_model(self.critic, self.tokenizer, self._critic_folder, weights["critic"])
             save_model(self.policy, self.tokenizer, self.config.output_dir, weights["policy"])
             save_config(self.config, self.config.output_dir)
         self.world.barrier()
@@ -323,10 +362,11 @@ class PPOTrainer(Resumable):
         self, experience: Experience, stats: UpdateStats, seconds: dict[str, float]
     ) -> dict[str, float]:
         figures = {**experience_figures(experience), **stats.on_device()}
-        if self.config.dual_clip is None:
-            del figures["dual_clip_fraction"]
+        for name in unused_figures(self.config):
+            del figures[name]
         tokens = experience.response_mask.sum()
         metrics = to_floats({**figures, "tokens": tokens})
+        metrics["kl_coef"] = experience.kl_coef
         metrics.update(stats.on_host())
         metrics["tokens_per_second"] = metrics.pop("tokens") / sum(seconds.values())
         metrics.update({f"seconds/{name}": value for name, value in seconds.items()})

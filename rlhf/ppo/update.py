@@ -20,14 +20,25 @@ from rlhf_kernels import PPOLossStats, linear_ppo_loss
 
 
 def run_epochs(
-    experience: Experience, policy: Engine, critic: Engine, config: PPOConfig, *, seed: int
+    experience: Experience,
+    policy: Engine,
+    critic: Engine | None,
+    config: PPOConfig,
+    *,
+    seed: int,
+    train_policy: bool = True,
 ) -> UpdateStats:
-    """``config.epochs`` passes over the experience, an optimizer step for each minibatch."""
+    """``config.epochs`` passes over the experience, an optimizer step for each minibatch.
+
+    A step beyond ``config.max_approx_kl`` is the last one; schedules go on as if all were taken.
+    """
     stats = UpdateStats(policy.device)
     lengths = experience.lengths()
     totals = [sum(both) for both in lengths]
-    with discarding_on_error(policy, critic), saying_how_large(experience.scores):
-        for rows in minibatches(len(experience), config, seed):
+    steps = list(minibatches(len(experience), config, seed))
+    engines = [policy] * train_policy + ([] if critic is None else [critic])
+    with discarding_on_error(*engines), saying_how_large(experience.scores):
+        for rows in steps:
             normalizer = loss_normalizer(experience.select(rows), config.aggregation)
             parts = rank_micro_batches(
                 rows,
@@ -39,8 +50,20 @@ def run_epochs(
             )
             for number, part in enumerate(parts, start=1):
                 batch, last = experience.micro_batch(part, lengths), number == len(parts)
-                accumulate(batch, policy, critic, config, normalizer, stats, last=last)
-            stats.end_step(policy.step(), critic.step())
+                accumulate(
+                    batch, policy, critic, config, normalizer, stats, train_policy, last=last
+                )
+            too_far = config.max_approx_kl is not None and (
+                stats.step_approx_kl(policy.world) > config.max_approx_kl
+            )
+            stats.end_step(
+                policy.step() if train_policy else {}, {} if critic is None else critic.step()
+            )
+            if too_far:
+                break
+    for engine in engines:
+        engine.steps_done += len(steps) - stats.steps
+    stats.early_stopped = stats.steps < len(steps)
     stats.reduce(policy.world)
     return stats
 
@@ -68,19 +91,26 @@ def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]
 def accumulate(
     part: Experience,
     policy: Engine,
-    critic: Engine,
+    critic: Engine | None,
     config: PPOConfig,
     normalizer: Tensor,
     stats: UpdateStats,
+    train_policy: bool = True,
     *,
     last: bool = True,
 ) -> None:
     """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
+    trained = ([policy] if train_policy else []) + ([] if critic is None else [critic])
     with policy.autocast():
-        values = critic.run(partial(response_values, batch=part), last=last)
+        values = (
+            None if critic is None else critic.run(partial(response_values, batch=part), last=last)
+        )
 
         def policy_loss(model: Any) -> tuple[Tensor, PPOLossStats]:
-            hidden, weight, bias, _ = head_inputs(model, part)
+            with torch.set_grad_enabled(train_policy):
+                hidden, weight, bias, _ = head_inputs(model, part)
+            if not train_policy:
+                weight, bias = weight.detach(), None if bias is None else bias.detach()
             return linear_ppo_loss(
                 hidden,
                 weight,
@@ -92,15 +122,16 @@ def accumulate(
                 values=values,
                 old_values=part.values,
                 returns=part.returns,
+                ref_logprobs=part.ref_logprobs if config.kl_placement == "loss" else None,
                 temperature=config.temperature,
-                config=config.loss_config(),
+                config=config.loss_config(part.kl_coef),
                 normalizer=normalizer,
             )
 
         loss, loss_stats = policy.run(policy_loss, last=last)
     stats.add(loss_stats, part.response_mask.sum())
     terms = {name.replace("_", " "): getattr(loss_stats, name) for name in LOSSES}
-    policy.backward(loss, terms=terms, beside=[critic])
+    trained[0].backward(loss, terms=terms, beside=trained[1:])
 
 
 def loss_normalizer(minibatch: Experience, aggregation: str) -> Tensor:

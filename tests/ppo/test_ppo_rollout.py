@@ -14,6 +14,7 @@ from rlhf.ppo import Experience, PPOConfig
 from rlhf.ppo.experience import Sequences
 from rlhf.ppo.forward import response_logprobs, response_values
 from rlhf.ppo.rollout import estimate_advantages, without_gradient
+from rlhf.ppo.score_shaping import ScoreShaper
 
 # Sums of a few hundred float32 products of size 1 to 10 in another order.
 ROUNDING = {"atol": 2e-5, "rtol": 1e-5}
@@ -100,10 +101,14 @@ def config(**settings: Any) -> PPOConfig:
     return PPOConfig(**{**plain, **settings})
 
 
+def estimate(made: Experience, settings: PPOConfig) -> None:
+    estimate_advantages(made, settings, ScoreShaper(settings), settings.kl_coef)
+
+
 def test_an_episode_by_hand() -> None:
     """KL (0.5, 0, 0.5) and (-0.5, 0), penalised by 0.1 each; scores at the last valid tokens."""
     made = experience()
-    estimate_advantages(made, config())
+    estimate(made, config())
     rewards = torch.tensor([[-0.05, 0.0, -0.05 + 2.0], [0.05, -1.0, 0.0]])
     # delta = r + 0.9 V_next - V; A = delta + 0.45 A_next
     a2 = 1.95 - 1.5
@@ -122,8 +127,8 @@ def test_an_episode_by_hand() -> None:
 
 def test_a_missing_eos_costs_its_penalty_at_the_last_token() -> None:
     plain, penalised = experience(), experience()
-    estimate_advantages(plain, config())
-    estimate_advantages(penalised, config(missing_eos_penalty=3.0))
+    estimate(plain, config())
+    estimate(penalised, config(missing_eos_penalty=3.0))
     difference = penalised.rewards - plain.rewards
     torch.testing.assert_close(difference, torch.tensor([[0.0, 0, 0], [0, -3.0, 0]]))
     assert penalised.scores.tolist() == [2.0, -1.0]  # what the reward said stays
@@ -131,7 +136,7 @@ def test_a_missing_eos_costs_its_penalty_at_the_last_token() -> None:
 
 def test_whitened_advantages_have_mean_0_and_variance_1_over_valid_tokens() -> None:
     made = experience()
-    estimate_advantages(made, config(whiten_advantages=True))
+    estimate(made, config(whiten_advantages=True))
     valid = made.advantages[made.response_mask]
     torch.testing.assert_close(valid.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(valid.std(correction=0), torch.tensor(1.0), atol=1e-6, rtol=0)
