@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,4 +70,10 @@ def ppo(
     return PPOTrainer(config, policy, tiny_tokenizer(), prompts, word_count)
 
 
-TRAININGS = {"sft": sft, "reward": reward, "ppo": ppo}
+TRAININGS: dict[str, Any] = {
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "ppo_shared": partial(ppo, critic="shared"),
+    "ppo_lora": partial(ppo, lora_rank=2, critic_lora_rank=2),
+}

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf.engine.config import TrainingConfig
+from rlhf.engine.lora import has_lora, merged_weights
 from rlhf.engine.optimizer import MasterWeights, make_optimizer, trainable_parameters
 from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summing_gradients
 from rlhf.engine.precision import autocast, resolve_dtype
@@ -80,7 +81,7 @@ class Engine:
         named = trainable_parameters(self.model, name)  # anew: FSDP has replaced them
         # FSDP keeps float32 shards by itself, and gathers them in bfloat16.
         with_masters = in_bfloat16 and not isinstance(self.module, FSDPModule)
-        self.masters = MasterWeights(named) if with_masters else None
+        self.masters = MasterWeights(self.model, named) if with_masters else None
         self.named_parameters = self.masters.named if self.masters else named
         self.parameters = list(self.named_parameters.values())
         self.base_learning_rate = config.learning_rate if learning_rate is None else learning_rate
@@ -169,22 +170,23 @@ class Engine:
                 "loss or gradient was NaN or infinite. Look at the model's weights and the data."
             )
 
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights for ``save_model``, where the model itself does not hold them as they are to
-        be saved: on the main rank those gathered from all shards, or the float32 masters. Every
-        rank must ask.
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights as they are to be saved, for ``save_model``: on the main rank gathered from
+        all shards, float32 masters rather than their roundings, adapters merged in, and of tied
+        weights only the first. Every rank must ask.
         """
         if isinstance(self.module, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights: dict[str, Any] = dict(get_model_state_dict(self.model, options=options))
-        elif self.masters is not None:
-            weights = {**self.model.state_dict(), **self.masters.named}
         else:
-            return None
-        # Of weights that are tied, under one name only, as transformers saves them.
+            weights = self.model.state_dict()
+        if self.masters is not None:
+            weights = {**weights, **self.masters.named}
         first_names = {name for name, _ in self.model.named_parameters()}
         all_names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        return {name: w for name, w in weights.items() if name not in all_names - first_names}
+        tied = all_names - first_names
+        weights = {name: w.detach() for name, w in weights.items() if name not in tied}
+        return merged_weights(self.model, weights) if has_lora(self.model) else weights
 
     def discard(self) -> None:
         """Drop what ``backward`` has gathered since the last step, so that none of it is left for

@@ -54,15 +54,19 @@ class MasterWeights:
     et al. 2018, arXiv 1710.03740). Gradients are added up in float32 too: each is taken from the
     model as soon as it is there, so that the model holds none.
 
+    Args:
+        model: Its weights, also those that are not trained, become bfloat16.
+        named: The trained ones, by name.
+
     Attributes:
         named: The copies, by the names of the model's parameters.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, named: dict[str, nn.Parameter]) -> None:
         self.named = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
         self._pairs = [(self.named[name], p) for name, p in named.items()]
+        model.bfloat16()
         for master, parameter in self._pairs:
-            parameter.data = parameter.data.bfloat16()
             parameter.register_post_accumulate_grad_hook(self._taker(master))
 
     def write_back(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,25 +17,27 @@ from rlhf.models import (
     scalar_model_from_causal,
     score_head,
 )
+from rlhf.ppo.config import PPOConfig
 from rlhf.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
 
 
-def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int) -> Any:
+def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, config: PPOConfig) -> Any:
     """The critic: a scalar model of its own, never one that is also used for something else.
 
-    Given: as it is (of a ``RewardModel`` its model; a causal model gets a new head). Else, if the
-    reward is a ``RewardModel`` with the policy's tokenizer, a copy of it, head included: it already
-    judges unfinished responses well (Stiennon et al. 2020, arXiv 2009.01325). Else the policy's
-    trunk with a new head.
+    Given: as it is (of a ``RewardModel`` its model; a causal model gets a new head). Else as
+    ``config.critic`` says: a copy of the reward model, head included, which already judges
+    unfinished responses well (Stiennon et al. 2020, arXiv 2009.01325), or the policy's trunk with a
+    new head.
 
     Raises:
-        ModelError: The given one has fewer token ids than the policy, or is no scalar model.
+        ModelError: The given one has fewer token ids than the policy, or is no scalar model; or a
+            copy of the reward model was asked for, and it cannot be one.
     """
     if critic is not None:
         given = critic.model if isinstance(critic, RewardModel) else critic
-        model = make_scalar_model(given, seed=seed)
+        model = make_scalar_model(given, seed=config.seed)
         if isinstance(reward, RewardModel) and model is reward.model:
             model = copy.deepcopy(model)  # the reward must not change while the critic learns
         if vocabulary_size(model) < vocabulary_size(policy):
@@ -43,17 +45,44 @@ def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, seed: int
                 f"the critic knows {vocabulary_size(model)} token ids and the policy "
                 f"{vocabulary_size(policy)}; give a critic with the policy's tokenizer"
             )
-    elif isinstance(reward, RewardModel) and same_vocabulary(reward, policy, tokenizer):
+    elif config.critic != "policy" and can_copy(reward, policy, tokenizer, config.critic):
         logger.info("the critic starts as a copy of the reward model")
         model = copy.deepcopy(reward.model).float()
     else:
         logger.info("the critic starts from the policy's trunk with a new value head")
-        model = scalar_model_from_causal(policy, seed=seed)
+        model = scalar_model_from_causal(policy, seed=config.seed)
         # Values of 0 rather than noise, which the first updates would take for advantages.
         torch.nn.init.zeros_(score_head(model).weight)
     model.requires_grad_(True)
     disable_dropout(model)
     return model
+
+
+def can_copy(reward: Any, policy: Any, tokenizer: Any, choice: str) -> bool:
+    """Whether the critic can start as a copy of the reward.
+
+    Raises:
+        ModelError: It must (``choice`` is "reward") and cannot.
+    """
+    possible = isinstance(reward, RewardModel) and same_vocabulary(reward, policy, tokenizer)
+    if choice == "reward" and not possible:
+        raise ModelError(
+            "critic='reward' needs a RewardModel with the policy's tokenizer as the reward; "
+            "choose critic='policy', or give a critic"
+        )
+    return possible
+
+
+def refuse_critic(config: PPOConfig) -> NoReturn:
+    """Say why a critic that was given would not be used."""
+    if not config.estimator.needs_critic:
+        raise ValueError(
+            f"advantage_estimator={config.advantage_estimator!r} trains without a critic; "
+            "leave the critic out, or choose gae"
+        )
+    raise ValueError(
+        "a critic was given, and critic='shared' makes the policy its own; leave one of them out"
+    )
 
 
 def make_reference(reference: Any, policy: Any) -> Any:

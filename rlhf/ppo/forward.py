@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf.models import hidden_states, lm_head, token_scores
 from rlhf.ppo.experience import Sequences
+from rlhf.ppo.shared_trunk import values_of
 from rlhf_kernels import linear_token_logprobs
 
 IGNORED = -100
@@ -36,6 +37,15 @@ def head_inputs(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | 
     hidden = hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
     weight, bias = lm_head(model)
     return hidden, weight, bias, batch.responses.masked_fill(~batch.response_mask, IGNORED)
+
+
+def response_logprobs_and_values(model: Any, batch: Sequences, temperature: float) -> Tensor:
+    """Both, of a policy with a value head, from one forward of its trunk: fp32 [B, T, 2]."""
+    hidden, weight, bias, targets = head_inputs(model, batch)
+    logprobs = linear_token_logprobs(
+        hidden, weight, targets, bias=bias, temperature=temperature, ignore_index=IGNORED
+    )
+    return torch.stack([logprobs, values_of(model, hidden, batch.response_mask)], dim=-1)
 
 
 def response_values(critic: Any, batch: Sequences) -> Tensor:

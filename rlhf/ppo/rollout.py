@@ -8,63 +8,83 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, World, rank_micro_batches
-from rlhf.engine.frozen import Frozen
+from rlhf.engine import Engine, Frozen, World, rank_micro_batches
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.estimators import Episodes
 from rlhf.ppo.experience import Experience, Sequences
-from rlhf.ppo.forward import response_logprobs, response_values
+from rlhf.ppo.forward import (
+    response_logprobs,
+    response_logprobs_and_values,
+    response_values,
+)
 from rlhf.ppo.generation import Generated
+from rlhf.ppo.models import PPOModels, WithoutAdapters
 from rlhf.ppo.prompts import PromptRow
 from rlhf.ppo.score_shaping import ScoreShaper
+from rlhf.ppo.shared_trunk import shares_trunk
+
+Runs = Engine | Frozen | WithoutAdapters
 
 
 def make_experience(
     rows: list[PromptRow],
     generated: Generated,
     scores: Tensor,
-    *,
-    policy: Engine,
-    reference: Engine | Frozen,
-    critic: Engine | None,
+    models: PPOModels,
     config: PPOConfig,
 ) -> Experience:
     """The experience with log-probabilities and values; its advantages are still zeros.
 
-    Each rank works out a share of the rows, and all get all of them.
-
-    The log-probabilities are those of the distribution at ``config.temperature``, under the policy
-    as under the reference: top_p and top_k shape what is sampled, not what is trained.
+    Each rank works out a share of the rows, and all get all of them. The log-probabilities are
+    those of the distribution at ``config.temperature``, under the policy as under the reference:
+    top_p and top_k shape what is sampled, not what is trained.
     """
     sequences = Sequences(
         generated.prompt_ids, generated.prompt_mask, generated.responses, generated.response_mask
     )
-
-    def over_batch(model: Engine | Frozen, function: Callable[..., Tensor]) -> Tensor:
-        with policy.autocast():
-            return without_gradient(
-                lambda batch: model.run(partial(function, batch=batch)),
-                sequences,
-                config.micro_batch_size,
-                config.micro_batch_tokens,
-            )
-
-    logprobs = partial(response_logprobs, temperature=config.temperature)
-    zeros = torch.zeros_like(generated.responses, dtype=torch.float32)
+    over_batch = partial(batched, sequences=sequences, models=models, config=config)
+    logprobs_of = partial(response_logprobs, temperature=config.temperature)
+    values = None
+    if shares_trunk(models.policy.model):
+        both = partial(response_logprobs_and_values, temperature=config.temperature)
+        logprobs, values = over_batch(models.policy, both).unbind(-1)
+    else:
+        logprobs = over_batch(models.policy, logprobs_of)
+    if models.critic is not None:
+        values = over_batch(models.critic, response_values)
+    zeros = torch.zeros_like(logprobs)
     return Experience(
         **vars(sequences),
         ended=generated.ended,
         prompts=rows,
         texts=generated.texts,
         scores=scores,
-        logprobs=over_batch(policy, logprobs),
-        ref_logprobs=over_batch(reference, logprobs),
-        values=None if critic is None else over_batch(critic, response_values),
+        logprobs=logprobs,
+        ref_logprobs=over_batch(models.reference, logprobs_of),
+        values=values,
         advantages=zeros,
-        returns=None if critic is None else zeros,
+        returns=None if values is None else zeros,
         rewards=zeros,
         kl=zeros,
     )
+
+
+def batched(
+    model: Runs,
+    function: Callable[..., Tensor],
+    *,
+    sequences: Sequences,
+    models: PPOModels,
+    config: PPOConfig,
+) -> Tensor:
+    """``function(model, batch)`` over all sequences, under the policy's autocast."""
+    with models.policy.autocast():
+        return without_gradient(
+            lambda batch: model.run(partial(function, batch=batch)),
+            sequences,
+            config.micro_batch_size,
+            config.micro_batch_tokens,
+        )
 
 
 @torch.no_grad()
@@ -74,9 +94,9 @@ def without_gradient(
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
 ) -> Tensor:
-    """``function`` (of a micro-batch, giving [b, t]) over the whole batch, fp32 [B, T]."""
+    """``function`` (of a micro-batch, giving [b, t, ...]) over all of it, fp32 [B, T, ...]."""
     world, lengths = World(), batch.lengths()
-    result = torch.zeros_like(batch.responses, dtype=torch.float32)
+    result = torch.zeros(0)
     parts = rank_micro_batches(
         range(len(batch)),
         [sum(both) for both in lengths],
@@ -87,6 +107,9 @@ def without_gradient(
     )
     for part in parts:
         values = function(batch.micro_batch(part, lengths))
+        if not result.numel():
+            shape = *batch.responses.shape, *values.shape[2:]
+            result = torch.zeros(shape, dtype=torch.float32, device=values.device)
         if part:
             index = torch.as_tensor(part, device=result.device)
             result[index, : values.shape[1]] = values

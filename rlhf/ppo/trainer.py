@@ -9,7 +9,6 @@ from typing import Any
 from rlhf.data import ChatFormat, prepare_tokenizer
 from rlhf.engine import (
     Engine,
-    Frozen,
     Resumable,
     Trackers,
     World,
@@ -17,18 +16,12 @@ from rlhf.engine import (
     check_kernels,
     ensure_writable,
     save_config,
-    save_model,
 )
-from rlhf.engine.resume import fingerprint, model_fingerprint
+from rlhf.engine.resume import fingerprint
 from rlhf.models import (
-    check_linear_head,
-    context_length,
-    disable_dropout,
-    load_causal_lm,
     load_tokenizer,
 )
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.critic import make_critic, make_reference
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, GenerationSettings
 from rlhf.ppo.kl_control import KLController
@@ -39,6 +32,7 @@ from rlhf.ppo.metrics import (
     to_floats,
     unused_figures,
 )
+from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
     PromptRow,
@@ -114,64 +108,38 @@ class PPOTrainer(Resumable):
         self.tokenizer = load_tokenizer(tokenizer, policy)
         prepare_tokenizer(self.tokenizer)
         self.chat_format = ChatFormat(self.tokenizer, config.template)
-        policy = load_causal_lm(policy)
-        check_linear_head(policy)
-        disable_dropout(policy)
-        if config.estimator.needs_critic:
-            critic = make_critic(critic, reward, policy, self.tokenizer, config.seed)
-            critic.config.pad_token_id = self.tokenizer.pad_token_id
-        elif critic is not None:
-            raise ValueError(
-                f"advantage_estimator={config.advantage_estimator!r} trains without a critic; "
-                "leave the critic out, or choose gae"
-            )
-        reference = make_reference(reference, policy)
-        named = {"policy": policy, "critic": critic, "reference": reference}
-        models = {name: model for name, model in named.items() if model is not None}
-        made_from = {name: model_fingerprint(model) for name, model in models.items()}
-        known = [context_length(model) for model in models.values()]
-        self.context = min((length for length in known if length is not None), default=None)
+        models = PPOModels.build(config, policy, self.tokenizer, reward, critic, reference)
+        self.models, self.context = models, models.context
 
         self.rows = read_prompts(prompts)
         self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
-        steps = config.total_updates * config.steps_per_update
-        warmup = config.critic_warmup_updates * config.steps_per_update
-        critic_rate = config.critic_learning_rate
-        self.policy_engine = Engine(policy, config, steps - warmup, name="the policy")
-        self.critic_engine = (
-            None
-            if critic is None
-            else Engine(critic, config, steps, learning_rate=critic_rate, name="the critic")
-        )
+        self.device = models.policy.device
         self.kl_control = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_shaper = ScoreShaper(config)
-        self.device = self.policy_engine.device
-        self.frozen_reference = Frozen(reference, config)
         self.updates_done = 0
-        self._prepare_to_resume(prompts=fingerprint(self.rows), **made_from)
+        self._prepare_to_resume(prompts=fingerprint(self.rows), **models.fingerprints)
 
     @property
     def policy(self) -> Any:
         """The model that is trained."""
-        return self.policy_engine.model
+        return self.models.policy.model
 
     @property
     def critic(self) -> Any:
-        """The model that estimates values; None where the advantage estimator needs none."""
-        return None if self.critic_engine is None else self.critic_engine.model
+        """The model that estimates values, if it is one of its own; else None."""
+        return None if self.models.critic is None else self.models.critic.model
 
     @property
     def reference(self) -> Any:
         """The model that the KL penalty keeps the policy near."""
-        return self.frozen_reference.model
+        return self.models.reference.model
 
     @property
     def engines(self) -> dict[str, Engine]:
         """The engines of the models that are trained, by name."""
-        engines = {"policy": self.policy_engine}
-        return engines if self.critic_engine is None else {**engines, "critic": self.critic_engine}
+        return self.models.trained
 
     @property
     def step(self) -> int:
@@ -214,15 +182,14 @@ class PPOTrainer(Resumable):
         """
         self._require_unfinished()
         metrics: dict[str, float] = {}
-        folders = [] if self.critic is None else [self._critic_folder]
-        with self._session(*folders), self._trackers() as trackers:
+        with self._session(self._critic_folder), self._trackers() as trackers:
             for prompts in self.prompts:
                 experience = self.rollout(prompts)
                 metrics = self.update(experience)
                 if self.updates_done % self.config.log_every == 0 or self.finished:
                     trackers.log(metrics, self.updates_done)
                 self._after_step(last=self.finished)
-        self.policy_engine.require_progress()
+        self.models.policy.require_progress()
         self.save()
         return metrics
 
@@ -274,10 +241,8 @@ class PPOTrainer(Resumable):
                 rows,
                 generated,
                 scores.to(self.device),
-                policy=self.policy_engine,
-                reference=self.frozen_reference,
-                critic=self.critic_engine,
-                config=self.config,
+                self.models,
+                self.config,
             )
             self.estimate_advantages(experience)
         experience.seconds = clock.seconds
@@ -303,8 +268,7 @@ class PPOTrainer(Resumable):
         with clock.phase("update"):
             stats = run_epochs(
                 experience,
-                self.policy_engine,
-                self.critic_engine,
+                self.models,
                 self.config,
                 seed=derive_seed(self.config.seed, "minibatches", self.updates_done),
                 train_policy=train_policy,
@@ -320,11 +284,8 @@ class PPOTrainer(Resumable):
         """Write the policy to ``output_dir`` and the critic, if there is one, to
         ``output_dir/critic``, each a Hugging Face folder with the tokenizer.
         """
-        weights = {name: engine.whole_weights() for name, engine in self.engines.items()}
+        self.models.save(self.tokenizer, Path(self.config.output_dir))
         if self.world.is_main:
-            if self.critic is not None:
-                save_model(self.critic, self.tokenizer, self._critic_folder, weights["critic"])
-            save_model(self.policy, self.tokenizer, self.config.output_dir, weights["policy"])
             save_config(self.config, self.config.output_dir)
         self.world.barrier()
 
@@ -355,7 +316,7 @@ class PPOTrainer(Resumable):
         )
         seed = derive_seed(config.seed, "generate", self.updates_done)
         return shared_generation(
-            self.policy_engine, self.tokenizer, prompt_ids, settings, seed=seed
+            self.models.policy, self.tokenizer, prompt_ids, settings, seed=seed
         )
 
     def _metrics(

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, NonFiniteError, discarding_on_error, rank_micro_batches
+from rlhf.engine import NonFiniteError, World, discarding_on_error, rank_micro_batches
 from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.forward import head_inputs, response_values
 from rlhf.ppo.metrics import LOSSES, UpdateStats
+from rlhf.ppo.models import PPOModels
+from rlhf.ppo.shared_trunk import shares_trunk, values_of
 from rlhf_kernels import PPOLossStats, linear_ppo_loss
 
 
 def run_epochs(
     experience: Experience,
-    policy: Engine,
-    critic: Engine | None,
+    models: PPOModels,
     config: PPOConfig,
     *,
     seed: int,
@@ -32,40 +33,49 @@ def run_epochs(
 
     A step beyond ``config.max_approx_kl`` is the last one; schedules go on as if all were taken.
     """
-    stats = UpdateStats(policy.device)
-    lengths = experience.lengths()
-    totals = [sum(both) for both in lengths]
+    world, stats = models.policy.world, UpdateStats(models.policy.device)
     steps = list(minibatches(len(experience), config, seed))
-    engines = [policy] * train_policy + ([] if critic is None else [critic])
-    with discarding_on_error(*engines), saying_how_large(experience.scores):
+    engines = {
+        name: engine for name, engine in models.trained.items() if train_policy or name != "policy"
+    }
+    lengths = experience.lengths()
+    with discarding_on_error(*engines.values()), saying_how_large(experience.scores):
         for rows in steps:
             normalizer = loss_normalizer(experience.select(rows), config.aggregation)
-            parts = rank_micro_batches(
-                rows,
-                totals,
-                size=config.micro_batch_size,
-                tokens=config.micro_batch_tokens,
-                rank=policy.world.rank,
-                ranks=policy.world.size,
-            )
-            for number, part in enumerate(parts, start=1):
-                batch, last = experience.micro_batch(part, lengths), number == len(parts)
-                accumulate(
-                    batch, policy, critic, config, normalizer, stats, train_policy, last=last
-                )
+            for part, last in my_micro_batches(experience, rows, lengths, config, world):
+                accumulate(part, models, config, normalizer, stats, train_policy, last=last)
             too_far = config.max_approx_kl is not None and (
-                stats.step_approx_kl(policy.world) > config.max_approx_kl
+                stats.step_approx_kl(world) > config.max_approx_kl
             )
-            stats.end_step(
-                policy.step() if train_policy else {}, {} if critic is None else critic.step()
-            )
+            outcome = {name: engine.step() for name, engine in engines.items()}
+            stats.end_step(outcome.get("policy", {}), outcome.get("critic", {}))
             if too_far:
                 break
-    for engine in engines:
+    for engine in engines.values():
         engine.steps_done += len(steps) - stats.steps
     stats.early_stopped = stats.steps < len(steps)
-    stats.reduce(policy.world)
+    stats.reduce(world)
     return stats
+
+
+def my_micro_batches(
+    experience: Experience,
+    rows: list[int],
+    lengths: list[tuple[int, int]],
+    config: PPOConfig,
+    world: World,
+) -> Iterator[tuple[Experience, bool]]:
+    """This rank's micro-batches of an optimizer step, each with whether it is the last."""
+    parts = rank_micro_batches(
+        rows,
+        [sum(both) for both in lengths],
+        size=config.micro_batch_size,
+        tokens=config.micro_batch_tokens,
+        rank=world.rank,
+        ranks=world.size,
+    )
+    for number, part in enumerate(parts, start=1):
+        yield experience.micro_batch(part, lengths), number == len(parts)
 
 
 @contextmanager
@@ -90,8 +100,7 @@ def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]
 
 def accumulate(
     part: Experience,
-    policy: Engine,
-    critic: Engine | None,
+    models: PPOModels,
     config: PPOConfig,
     normalizer: Tensor,
     stats: UpdateStats,
@@ -99,18 +108,22 @@ def accumulate(
     *,
     last: bool = True,
 ) -> None:
-    """Add one micro-batch's gradients, of both models in one backward, and its statistics."""
+    """Add one micro-batch's gradients, of all models in one backward, and its statistics."""
+    policy, critic = models.policy, models.critic
     trained = ([policy] if train_policy else []) + ([] if critic is None else [critic])
     with policy.autocast():
-        values = (
-            None if critic is None else critic.run(partial(response_values, batch=part), last=last)
-        )
+        own_values = None
+        if critic is not None:
+            own_values = critic.run(partial(response_values, batch=part), last=last)
 
         def policy_loss(model: Any) -> tuple[Tensor, PPOLossStats]:
             with torch.set_grad_enabled(train_policy):
                 hidden, weight, bias, _ = head_inputs(model, part)
             if not train_policy:
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
+            values = own_values
+            if shares_trunk(model):
+                values = values_of(model, hidden, part.response_mask)
             return linear_ppo_loss(
                 hidden,
                 weight,

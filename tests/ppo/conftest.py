@@ -32,6 +32,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., PPOTrainer]:
         critic: Any = None,
         reference: Any = None,
         tokenizer: Any = None,
+        critic_choice: str = "auto",
         **settings: Any,
     ) -> PPOTrainer:
         config = {
@@ -46,6 +47,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., PPOTrainer]:
             "template": "none",
             "dtype": "float32",
             "trackers": [],
+            "critic": critic_choice,  # the setting; ``critic`` is the model
         }
         return PPOTrainer(
             PPOConfig(**{**config, **settings}),

@@ -183,7 +183,7 @@ def test_rewards_are_whitened_before_they_are_added_up() -> None:
 def test_training_without_a_critic(make_trainer: Any, tmp_path: Path, name: str) -> None:
     trainer = make_trainer(advantage_estimator=name, responses_per_prompt=2)
     assert trainer.critic is None
-    assert trainer.critic_engine is None
+    assert trainer.models.critic is None
     experience = trainer.rollout(next(trainer.prompts))
     assert experience.values is None
     assert experience.returns is None

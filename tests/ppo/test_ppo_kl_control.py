@@ -92,10 +92,11 @@ def test_the_penalty_in_the_loss_has_the_estimates_gradient(
         entropy_coef=0.0,
     )
     made = trainer.rollout(next(trainer.prompts))
-    mask, engine = made.response_mask, trainer.policy_engine
+    mask, engine = made.response_mask, trainer.models.policy
     torch.testing.assert_close(made.rewards.sum(1), made.scores)  # no penalty there
     assert not made.advantages.any()
-    accumulate(made, engine, None, trainer.config, mask.sum().float(), UpdateStats(engine.device))
+    stats = UpdateStats(engine.device)
+    accumulate(made, trainer.models, trainer.config, mask.sum().float(), stats)
     found = [p.grad.clone() for p in engine.parameters]
     engine.discard()
 

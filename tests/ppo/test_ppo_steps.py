@@ -33,10 +33,10 @@ def test_a_step_too_far_is_the_last(make_trainer: Any) -> None:
     assert metrics["early_stopped"] == 1
     assert metrics["first_step/approx_kl"] < 1e-8
     assert metrics["approx_kl"] > 0.5e-4  # the mean of the two steps'
-    assert adam_steps(trainer.policy_engine) == adam_steps(trainer.critic_engine) == {2}
+    assert adam_steps(trainer.models.policy) == adam_steps(trainer.models.critic) == {2}
     # The schedules stand where they would without the stop.
-    assert trainer.policy_engine.steps_done == trainer.critic_engine.steps_done == 6
-    assert trainer.policy_engine.learning_rate == pytest.approx(1e-2 / 2)
+    assert trainer.models.policy.steps_done == trainer.models.critic.steps_done == 6
+    assert trainer.models.policy.learning_rate == pytest.approx(1e-2 / 2)
 
 
 def test_within_the_bound_nothing_changes(make_trainer: Any) -> None:
@@ -76,8 +76,8 @@ def test_in_the_warmup_only_the_critic_learns(make_trainer: Any) -> None:
             assert metrics["entropy"] > 0
             assert trainer.kl_control.coef == 0.1  # nothing to control yet
     # The policy's schedule covers its own steps: the first of them has the full rate.
-    assert trainer.policy_engine.steps_done == trainer.policy_engine.total_steps == 8
-    assert trainer.critic_engine.steps_done == trainer.critic_engine.total_steps == 16
+    assert trainer.models.policy.steps_done == trainer.models.policy.total_steps == 8
+    assert trainer.models.critic.steps_done == trainer.models.critic.total_steps == 16
     assert trainer.kl_control.coef < 0.1
 
 

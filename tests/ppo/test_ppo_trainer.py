@@ -183,7 +183,7 @@ def test_a_failed_update_leaves_no_gradient_for_the_next(make_trainer: Any) -> N
     broken.advantages[batches[-1][-1]] = float("nan")
     with pytest.raises(NonFiniteError):
         failed.update(broken)
-    engines = failed.policy_engine, failed.critic_engine
+    engines = failed.models.policy, failed.models.critic
     assert all(p.grad is None for engine in engines for p in engine.parameters)
     assert figures(failed.update(experience)) == figures(fresh.update(same))
     assert all(torch.equal(a, b) for a, b in zip(weights(failed), weights(fresh)))

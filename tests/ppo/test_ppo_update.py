@@ -22,14 +22,14 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 def gradients(trainer: PPOTrainer, experience: Experience, micro_batch_size: int) -> list[Tensor]:
     """The gradients of one step on the whole experience, of policy and critic."""
     config = dataclasses.replace(trainer.config, micro_batch_size=micro_batch_size)
-    engines = trainer.policy_engine, trainer.critic_engine
+    engines = trainer.models.policy, trainer.models.critic
     lengths = experience.lengths()
     normalizer = loss_normalizer(experience, config.aggregation)
     stats = UpdateStats(trainer.device)
     for part in micro_batches(
         range(len(experience)), [sum(both) for both in lengths], size=micro_batch_size
     ):
-        accumulate(experience.micro_batch(part, lengths), *engines, config, normalizer, stats)
+        accumulate(experience.micro_batch(part, lengths), trainer.models, config, normalizer, stats)
     found = [p.grad.clone() for engine in engines for p in engine.parameters]
     for engine in engines:
         engine.optimizer.zero_grad()
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_formula(make_trainer: Any) -> None:
     value_loss = 0.5 * torch.maximum((values - target) ** 2, (clipped - target) ** 2)
     losses = policy_loss + 0.5 * value_loss - 0.05 * entropy
     losses[experience.response_mask].mean().backward()
-    engines = trainer.policy_engine, trainer.critic_engine
+    engines = trainer.models.policy, trainer.models.critic
     assert_close_to_rounding(found, [p.grad for engine in engines for p in engine.parameters])
 
 
@@ -131,10 +131,10 @@ def test_the_number_of_optimizer_steps(
     make_trainer: Any, epochs: int, minibatch_size: int, steps: int
 ) -> None:
     trainer = make_trainer(epochs=epochs, minibatch_size=minibatch_size, micro_batch_size=2)
-    assert trainer.policy_engine.total_steps == 2 * steps
+    assert trainer.models.policy.total_steps == 2 * steps
     trainer.update(trainer.rollout(next(trainer.prompts)))
-    assert trainer.policy_engine.steps_done == trainer.critic_engine.steps_done == steps
-    optimizer = trainer.policy_engine.optimizer
+    assert trainer.models.policy.steps_done == trainer.models.critic.steps_done == steps
+    optimizer = trainer.models.policy.optimizer
     assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
 
 
@@ -169,7 +169,7 @@ def test_statistics_are_means_over_all_tokens_of_all_steps(make_trainer: Any) ->
         trainer = make_trainer(micro_batch_size=size, clip_range=0.01)
         experience = trainer.rollout(next(trainer.prompts))
         config = trainer.config
-        stats = run_epochs(experience, trainer.policy_engine, trainer.critic_engine, config, seed=0)
+        stats = run_epochs(experience, trainer.models, config, seed=0)
         figures.append({k: v.item() for k, v in stats.on_device().items()})
     assert figures[0]["clip_fraction"] > 0.1
     for name, value in figures[0].items():

@@ -71,6 +71,11 @@ class PPOConfig(
         return cls(**{**preset_settings(name), **overrides})
 
     @property
+    def has_own_critic(self) -> bool:
+        """Whether a critic is trained that is a model of its own."""
+        return self.estimator.needs_critic and self.critic != "shared"
+
+    @property
     def prompts_per_update(self) -> int:
         """Prompts in a batch of ``batch_size`` responses."""
         return self.batch_size // self.responses_per_prompt
@@ -98,6 +103,11 @@ class PPOConfig(
     def _check_warmup(self) -> None:
         if not self.critic_warmup_updates:
             return
+        if self.critic == "shared":
+            raise ValueError(
+                f"critic_warmup_updates={self.critic_warmup_updates} trains the critic alone, and "
+                "critic='shared' has no trunk of its own; leave one of the two out"
+            )
         if not self.estimator.needs_critic:
             raise ValueError(
                 f"critic_warmup_updates={self.critic_warmup_updates} is for the critic, and "
