@@ -207,8 +207,7 @@ def _rates(
             continue
         numbers.append(1.0)
         value = value.expand(sequences) if value.dim() == 0 else value
-        checks.rate(name, value, series, sequences)
-        given[name] = value.detach().to(dtype)
+        given[name] = checks.rate(name, value, series, sequences).detach().to(dtype)
     config = GAEConfig(numbers[0], numbers[1], numbers[2], masked)
     if not any(isinstance(value, Tensor) for value in given.values()):
         return config, None

@@ -77,17 +77,22 @@ def sequences(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Ten
             "sequence begins, and the end"
         )
     same_device(name, tensor, cu_seqlens=cu_seqlens)
-    # A GPU does not look, and a tracer cannot.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        _in_order(name, tensor, cu_seqlens)
+    if cu_seqlens.device.type == "cpu":  # a GPU's host does not look
+        if torch.compiler.is_compiling():
+            from rlhf_kernels.ops.checked import checked_cu_seqlens
+
+            cu_seqlens = checked_cu_seqlens(cu_seqlens, tensor.shape[0], name)
+        else:
+            in_order(name, tensor.shape[0], cu_seqlens)
     return cu_seqlens.to(torch.int64).contiguous(), cu_seqlens.numel() - 1
 
 
-def _in_order(name: str, tensor: Tensor, cu_seqlens: Tensor) -> None:
+def in_order(name: str, length: int, cu_seqlens: Tensor) -> None:
+    """Raise unless cu_seqlens [B + 1], on the CPU, goes from 0 to ``length`` and never back."""
     ends = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if ends != (0, tensor.shape[0]):
+    if ends != (0, length):
         raise ValueError(
-            f"cu_seqlens goes from {ends[0]} to {ends[1]}; expected 0 to {tensor.shape[0]}, "
+            f"cu_seqlens goes from {ends[0]} to {ends[1]}; expected 0 to {length}, "
             f"the length of {name}"
         )
     back = cu_seqlens.diff() < 0
@@ -99,18 +104,28 @@ def _in_order(name: str, tensor: Tensor, cu_seqlens: Tensor) -> None:
         )
 
 
-def rate(name: str, value: Tensor, like_tensor: Tensor, sequences: int) -> None:
-    """Numbers [B] in [0, 1]."""
+def rate(name: str, value: Tensor, like_tensor: Tensor, sequences: int) -> Tensor:
+    """Numbers [B] in [0, 1]; the same tensor."""
     floating(**{name: value})
     shape(name, value, (sequences,), "one a sequence")
     same_device("rewards", like_tensor, **{name: value})
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ~((value >= 0) & (value <= 1))
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ValueError(
-                f"{name} holds {float(value[row])} at row {row}; expected numbers in [0, 1]"
-            )
+    if value.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            from rlhf_kernels.ops.checked import checked_rate
+
+            return checked_rate(value.detach(), name)
+        in_unit_interval(name, value)
+    return value
+
+
+def in_unit_interval(name: str, value: Tensor) -> None:
+    """Raise for the first number of value [B], on the CPU, outside [0, 1]."""
+    outside = ~((value >= 0) & (value <= 1))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{name} holds {float(value[row])} at row {row}; expected numbers in [0, 1]"
+        )
 
 
 def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:

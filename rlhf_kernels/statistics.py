@@ -47,7 +47,7 @@ def masked_whiten(
     Args:
         x: any shape, floating-point. mask: its shape, bool (or integers, 0 is masked).
         shift_mean: False adds the mean again: the scale changes, the mean stays.
-        eps: added to the variance.
+        eps: added to the variance, above 0.
         group: take the statistics over all ranks of this process group: counts, means
             and deviations are gathered, so every rank must call, whatever it holds.
         backend: see `rlhf_kernels.backends`.
@@ -57,13 +57,16 @@ def masked_whiten(
         without valid ones. It carries no gradient.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or an eps not above 0.
     """
     checks.floating(x=x)
     checks.like("x", x, mask=mask)
+    eps = checks.positive("eps", eps)
     wide, mask = x.detach().to(checks.compute_dtype(x)), checks.as_mask(mask)
+    if x.dim() == 0:  # kernels take rows
+        wide, mask = wide[None], mask[None]
     total = over_ranks(moments(wide, mask, backend), group)
-    return whiten(wide, mask, total, shift_mean, float(eps), backend)
+    return whiten(wide, mask, total, shift_mean, eps, backend).view(x.shape)
 
 
 def over_ranks(own: Tensor, group: ProcessGroup | None) -> Tensor:

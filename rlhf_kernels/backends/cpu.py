@@ -90,6 +90,11 @@ def in_huge_pages(new: Tensor) -> Tensor:
     return new
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor for the C++ to fill: on the CPU, whatever PyTorch's default device is."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def token_logprobs_forward(
     logits: Tensor,
     targets: Tensor,
@@ -105,9 +110,9 @@ def token_logprobs_forward(
     rows, columns = logits.shape
     targets = targets.contiguous()
     per_row, number = _temperature(temperature)
-    logprobs = torch.empty(rows, dtype=torch.float32)
-    normalization = torch.empty(rows, 2, dtype=torch.float32)
-    entropy = torch.empty(rows, dtype=torch.float32) if need_entropy else None
+    logprobs = empty((rows,), torch.float32)
+    normalization = empty((rows, 2), torch.float32)
+    entropy = empty((rows,), torch.float32) if need_entropy else None
     bad = _cpu.token_logprobs_forward(
         logits.data_ptr(),
         _ELEMENT_TYPES[logits.dtype],
@@ -152,7 +157,7 @@ def token_logprobs_backward(
     normalization = vector(normalization)
     fresh = False
     if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype)
+        out = empty(logits.shape, logits.dtype)
         fresh = out.nbytes > _FRESH_PAGES_BYTES
     bad = _cpu.token_logprobs_backward(
         logits.data_ptr(),
@@ -188,7 +193,7 @@ def gae_forward(
     rates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns, [B, T] or packed [N], 0 at masked places."""
-    advantages, returns = (torch.empty(values.shape, dtype=torch.float32) for _ in range(2))
+    advantages, returns = (empty(values.shape, torch.float32) for _ in range(2))
     bootstrap = None if bootstrap_values is None else vector(bootstrap_values)
     rates = None if rates is None else vector(rates)
     series = [float_rows(x) for x in (rewards, values)]
@@ -221,8 +226,8 @@ def rollout_forward(
     rates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Advantages, returns, rewards, KL, and the advantages' `moments`."""
-    outputs = [torch.empty(values.shape, dtype=torch.float32) for _ in range(4)]
-    moments = torch.empty(3, dtype=torch.float64)
+    outputs = [empty(values.shape, torch.float32) for _ in range(4)]
+    moments = empty((3,), torch.float64)
     scores = vector(scores)
     bootstrap = None if bootstrap_values is None else vector(bootstrap_values)
     rates = None if rates is None else vector(rates)
@@ -252,7 +257,7 @@ moments = reference.moments  # three sums, as fast in PyTorch
 def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float) -> Tensor:
     """(x - mean)/sqrt(var + eps) by the moments of all ranks; any shape."""
     mean, variance = (float(number) for number in reference.mean_and_variance(total))
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = empty(x.shape, torch.float32)
     if x.numel() == 0:
         return out
     columns = x.shape[-1] if x.dim() > 0 else 1
@@ -295,11 +300,11 @@ def ppo_loss_forward(
     series = [None if x is None else float_rows(x) for x in (*policy, *of_values, *others)]
     mask = unit_columns(mask)
     normalizer = None if normalizer is None else vector(normalizer)
-    loss = torch.empty((), dtype=torch.float32)
-    stats = torch.empty(NUM_STATS, dtype=torch.float32)
-    grad_logprobs = torch.empty(shape, dtype=torch.float32)
-    grad_values = None if values is None else torch.empty(shape, dtype=torch.float32)
-    grad_entropy = None if entropy is None else torch.empty(shape, dtype=torch.float32)
+    loss = empty((), torch.float32)
+    stats = empty((NUM_STATS,), torch.float32)
+    grad_logprobs = empty(shape, torch.float32)
+    grad_values = None if values is None else empty(shape, torch.float32)
+    grad_entropy = None if entropy is None else empty(shape, torch.float32)
     _cpu.ppo_loss(
         addresses.sequences(logprobs, cu_seqlens),
         logprobs.numel(),

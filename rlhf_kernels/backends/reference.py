@@ -290,8 +290,9 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
     centred = torch.where(mask, x.to(total.dtype) - mean, 0.0)
     whitened = centred / (variance + eps).sqrt()
     if not shift_mean:
-        whitened = torch.where(mask, whitened + mean, 0.0)
-    return whitened.to(x.dtype)
+        whitened = whitened + mean
+    # Masked again: moments that are not finite would reach masked places, too.
+    return torch.where(mask, whitened, 0.0).to(x.dtype)
 
 
 def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import EPS, close, masks, normal, poisoned, random_mask
+from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, random_mask
 
 from rlhf_kernels import kl_penalty, masked_mean, masked_whiten, shaped_rewards
 
@@ -102,6 +102,28 @@ def test_whitening_detaches_and_has_an_eps():
     assert (masked_whiten(x, mask, shift_mean=False) == 5).all()
     x, mask = normal(3, 4, seed=1), random_mask(3, 4)
     close(masked_whiten(x, mask, eps=0.5), oracle.whiten(x, mask, eps=0.5), 64 * EPS)
+
+
+@pytest.mark.parametrize("backend", backends_for("whiten"))
+@pytest.mark.parametrize("shift", [True, False])
+def test_what_is_not_finite_stays_out_of_masked_places(backend: str, shift: bool):
+    mask = torch.tensor([[True, True, True, False]])
+    for bad in (math.nan, math.inf):
+        x = torch.tensor([[1.0, bad, 2.0, 5.0]])
+        whitened = masked_whiten(x, mask, shift_mean=shift, backend=backend)
+        assert whitened[0, :3].isnan().all() and whitened[0, 3] == 0
+
+
+@pytest.mark.parametrize("backend", backends_for("whiten"))
+def test_a_single_number_is_whitened_too(backend: str):
+    whitened = masked_whiten(torch.tensor(3.0), torch.tensor(True), backend=backend)
+    assert whitened.shape == () and whitened == 0
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
+def test_an_eps_that_is_not_positive_is_refused(eps: float):
+    with pytest.raises(ValueError, match="eps is"):
+        masked_whiten(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), eps=eps)
 
 
 # The mask, and where the second rank's rows begin: there it holds some valid ones, or none at all.
