@@ -70,10 +70,24 @@ def ppo(
     return PPOTrainer(config, policy, tiny_tokenizer(), prompts, word_count)
 
 
+# With all that has a state of its own (the KL's weight, the scores' moments) or decides by what all
+# ranks have seen (the early stop).
+WITHOUT_CRITIC: dict[str, Any] = {
+    "advantage_estimator": "grpo",
+    "responses_per_prompt": 2,
+    "kl_placement": "loss",
+    "kl_estimator": "k2",
+    "kl_target": 0.05,
+    "kl_horizon": 16,
+    "score_normalization": "running",
+    "max_approx_kl": 3e-4,
+}
 TRAININGS: dict[str, Any] = {
     "sft": sft,
     "reward": reward,
     "ppo": ppo,
     "ppo_shared": partial(ppo, critic="shared"),
     "ppo_lora": partial(ppo, lora_rank=2, critic_lora_rank=2),
+    "ppo_without_critic": partial(ppo, **WITHOUT_CRITIC),
+    "ppo_warmup": partial(ppo, critic_warmup_updates=1),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policy import make_policy
 from torch import Tensor
 
 from rlhf.engine import micro_batches
@@ -22,7 +23,7 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 def gradients(trainer: PPOTrainer, experience: Experience, micro_batch_size: int) -> list[Tensor]:
     """The gradients of one step on the whole experience, of policy and critic."""
     config = dataclasses.replace(trainer.config, micro_batch_size=micro_batch_size)
-    engines = trainer.models.policy, trainer.models.critic
+    engines = list(trainer.models.trained.values())
     lengths = experience.lengths()
     normalizer = loss_normalizer(experience, config.aggregation)
     stats = UpdateStats(trainer.device)
@@ -58,18 +59,30 @@ def assert_close_to_rounding(found: list[Tensor], expected: list[Tensor]) -> Non
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1e-3, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *[{"aggregation": aggregation} for aggregation in AGGREGATIONS],
+        *[
+            {"advantage_estimator": name, "responses_per_prompt": 2}
+            for name in ("rloo", "reinforce++", "grpo")
+        ],
+        {"kl_placement": "loss", "kl_estimator": "k2", "reference": make_policy(1)},
+    ],
+)
 def test_micro_batches_and_padding_do_not_change_gradients(
-    make_trainer: Any, aggregation: str
+    make_trainer: Any, settings: dict[str, Any]
 ) -> None:
-    trainer = make_trainer(aggregation=aggregation)
+    trainer = make_trainer(**settings)
     experience = trainer.rollout(trainer.rows)
     assert experience.response_mask.sum(1).unique().numel() > 2  # lengths differ
     expected = gradients(trainer, experience, len(experience))
     assert all(g.abs().max() > 0 for g in expected[:1])
     for size in (1, 2, 4):
         assert_close_to_rounding(gradients(trainer, experience, size), expected)
-    assert_close_to_rounding(gradients(trainer, pad(experience, 3, 4), 2), expected)
+    padded = pad(experience, 3, 4)
+    trainer.estimate_advantages(padded)
+    assert_close_to_rounding(gradients(trainer, padded, 2), expected)
 
 
 def test_micro_batches_and_padding_do_not_change_the_next_policy(make_trainer: Any) -> None:
