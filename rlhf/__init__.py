@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf.best_of import best_of_n
     from rlhf.data import PreferenceDataset, PreferencePair, agreement_stats
+    from rlhf.http_reward import HTTPReward
     from rlhf.pipeline import PipelineConfig, RLHFPipeline
     from rlhf.ppo import PPOConfig, PPOTrainer
     from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
     from rlhf.rewards import HeuristicReward
     from rlhf.sft import SFTConfig, SFTTrainer
+    from rlhf.weighted_rewards import WeightedRewards
 
 _HOME = {
+    "HTTPReward": "rlhf.http_reward",
     "HeuristicReward": "rlhf.rewards",
     "PPOConfig": "rlhf.ppo",
     "PPOTrainer": "rlhf.ppo",
@@ -30,11 +33,13 @@ _HOME = {
     "RewardTrainer": "rlhf.reward",
     "SFTConfig": "rlhf.sft",
     "SFTTrainer": "rlhf.sft",
+    "WeightedRewards": "rlhf.weighted_rewards",
     "agreement_stats": "rlhf.data",
     "best_of_n": "rlhf.best_of",
 }
 
 __all__ = [
+    "HTTPReward",
     "HeuristicReward",
     "PPOConfig",
     "PPOTrainer",
@@ -47,6 +52,7 @@ __all__ = [
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "WeightedRewards",
     "agreement_stats",
     "best_of_n",
 ]

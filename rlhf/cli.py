@@ -27,7 +27,8 @@ DATA = (
 )
 REWARD = (
     "what scores responses: a folder written by `rlhf reward`, a Python function "
-    "(file.py:function or package.module:function), or heuristic (simple text patterns, a toy)"
+    "(file.py:function or package.module:function), an http:// address, or heuristic (simple text "
+    "patterns, a toy)"
 )
 
 

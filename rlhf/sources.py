@@ -18,11 +18,16 @@ def load_reward(name: str) -> Callable[..., Any]:
     Args:
         name: ``heuristic`` (simple patterns in the text, a toy); a folder that ``rlhf reward``
             wrote or any one-label sequence classifier; or a Python function ``file.py:function`` or
-            ``package.module:function``, called as ``f(prompts, responses, **columns)``.
+            ``package.module:function``, called as ``f(prompts, responses, **columns)``; or the
+            ``http://`` address of one (see ``HTTPReward``).
 
     Raises:
         ValueError: There is no such reward; the message says what was looked for.
     """
+    if name.startswith(("http://", "https://")):
+        from rlhf.http_reward import HTTPReward
+
+        return HTTPReward(name)
     if name == "heuristic":
         from rlhf.rewards import HeuristicReward
 
@@ -38,7 +43,8 @@ def load_reward(name: str) -> Callable[..., Any]:
     except ModelError as error:
         raise ValueError(
             f"reward {name!r}: {error} A reward is a folder written by `rlhf reward`, a Python "
-            "function (file.py:function or package.module:function), or heuristic."
+            "function (file.py:function or package.module:function), an http:// address, or "
+            "heuristic."
         ) from error
 
 

@@ -209,7 +209,7 @@ def options(folder: Path, **changes: str) -> list[str]:
         ({"prompts": "/nowhere/p.jsonl"}, "there is no such file"),
         ({"prompts": "{folder}/prompts.jsonl[50:]"}, "holds none of the 10 rows"),
         ({"policy": "{folder}"}, "no config.json"),
-        ({"reward": "{folder}/heuristik"}, "file.py:function or package.module:function), or heur"),
+        ({"reward": "{folder}/heuristik"}, "file.py:function or package.module:function), an http"),
         ({"reward": "{folder}/words.py:nothing"}, "has no function 'nothing'"),
         ({"reward": "{folder}/absent.py:length"}, "there is no file"),
         ({"reward": "no_such_module:length"}, "there is no module 'no_such_module'"),

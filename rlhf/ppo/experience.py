@@ -98,6 +98,7 @@ class Experience(Sequences):
         advantages, rewards, kl: fp32 [B, T]. returns: fp32 [B, T], the critic's targets, or None.
             See ``rlhf.ppo.estimators``.
         kl_coef: Weight of the KL penalty for this batch.
+        score_parts: Of several weighted rewards, what each returned, fp32 [B] by name.
         seconds: Time that each phase of the rollout took.
     """
 
@@ -113,4 +114,5 @@ class Experience(Sequences):
     rewards: Tensor
     kl: Tensor
     kl_coef: float = 0.0
+    score_parts: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -139,17 +139,22 @@ def experience_figures(experience: Experience) -> dict[str, Tensor]:
     mask = experience.response_mask
     lengths = mask.sum(1).float()
     scores = experience.scores.float()
-    return critic_figures(experience) | {
-        "reward": experience.rewards.sum(1).mean(),
-        "score": scores.mean(),
-        "score_std": scores.std(correction=0),
-        "kl": experience.kl.sum(1).mean(),
-        "kl_per_token": masked_mean(experience.kl, mask),
-        "response_length": lengths.mean(),
-        "response_length_min": lengths.min(),
-        "response_length_max": lengths.max(),
-        "eos_rate": experience.ended.float().mean(),
-    }
+    parts = {f"score/{name}": part.mean() for name, part in experience.score_parts.items()}
+    return (
+        critic_figures(experience)
+        | parts
+        | {
+            "reward": experience.rewards.sum(1).mean(),
+            "score": scores.mean(),
+            "score_std": scores.std(correction=0),
+            "kl": experience.kl.sum(1).mean(),
+            "kl_per_token": masked_mean(experience.kl, mask),
+            "response_length": lengths.mean(),
+            "response_length_min": lengths.min(),
+            "response_length_max": lengths.max(),
+            "eos_rate": experience.ended.float().mean(),
+        }
+    )
 
 
 def critic_figures(experience: Experience) -> dict[str, Tensor]:

@@ -81,6 +81,8 @@ def check_room_for_reward(
     Raises:
         DataError: naming the row of a prompt that leaves too little room.
     """
+    for part, _ in getattr(reward, "rewards", {}).values():
+        check_room_for_reward(rows, part, max_new_tokens=max_new_tokens, source=source)
     if isinstance(reward, RewardModel):
         context = context_length(reward.model)
         check_room_to_close(

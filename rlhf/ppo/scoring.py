@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from transformers import PreTrainedModel
 
 from rlhf.data import Text
 
-# (prompts, responses, **columns) -> one number for each response: a list, an array or a tensor.
+# (prompts, responses, **columns) -> one number for each response: a list, an array or a tensor, or
+# what is awaited for one.
 Reward = Callable[..., Any]
 
 
@@ -53,10 +56,31 @@ def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Seque
         RewardError: It raised, returned a wrong number of scores, or a score that is not a finite
             number; the message names the prompt.
     """
+    return score_in_parts(reward, rows, texts)[0]
+
+
+def score_in_parts(
+    reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As ``score_responses``, and of a ``WeightedRewards`` the scores of each part by name."""
+    weighted = getattr(reward, "rewards", None)
+    if not isinstance(weighted, dict):
+        return _score(reward, rows, texts), {}
+    total, parts = torch.zeros(len(texts)), {}
+    for name, (part, weight) in weighted.items():
+        try:
+            parts[name] = score_responses(part, rows, texts)
+        except RewardError as error:
+            raise RewardError(f"reward {name!r}: {error}") from error
+        total += weight * parts[name]
+    return total, parts
+
+
+def _score(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:
     prompts = [row["prompt"] for row in rows]
     columns = _accepted_columns(reward, rows)
     try:
-        scores = _listed(reward(prompts, list(texts), **columns))
+        scores = _listed(_awaited(reward(prompts, list(texts), **columns)))
     except RewardError:
         raise
     except Exception as error:
@@ -73,6 +97,23 @@ def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Seque
         [_number(score, index, prompts, texts) for index, score in enumerate(scores)],
         dtype=torch.float32,
     )
+
+
+def _awaited(returned: Any) -> Any:
+    """What an async reward comes to; anything else as it is."""
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def wait() -> Any:
+        return await returned
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    # A loop runs in this thread already, as in a notebook: another thread has none.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, wait()).result()
 
 
 def shorten(text: Text, length: int = 80) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.engine import Engine, World
 from rlhf.engine.batching import share_out
 from rlhf.ppo.generation import Generated, GenerationSettings, generate
-from rlhf.ppo.scoring import Reward, score_responses
+from rlhf.ppo.scoring import Reward, score_in_parts
 
 Result = TypeVar("Result")
 
@@ -61,17 +61,26 @@ def shared_generation(
 
 def shared_scores(
     reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str], world: World
-) -> Tensor:
-    """``score_responses`` for a batch, fp32 [B]: each rank asks the reward for a share."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``score_in_parts`` for a batch: each rank asks the reward for a share."""
     mine = range(world.rank, len(rows), world.size)
-    scores = together(
-        world,
-        lambda: score_responses(reward, [rows[row] for row in mine], [texts[row] for row in mine]),
+    shares = world.gather(
+        together(
+            world,
+            lambda: score_in_parts(
+                reward, [rows[row] for row in mine], [texts[row] for row in mine]
+            ),
+        )
     )
-    result = torch.zeros(len(rows))
-    for rank, part in enumerate(world.gather(scores)):
-        result[rank :: world.size] = part
-    return result
+
+    def interleave(values: Sequence[Tensor]) -> Tensor:
+        result = torch.zeros(len(rows))
+        for rank, part in enumerate(values):
+            result[rank :: world.size] = part
+        return result
+
+    total = interleave([scores for scores, _ in shares])
+    return total, {name: interleave([parts[name] for _, parts in shares]) for name in shares[0][1]}
 
 
 def together(world: World, action: Callable[[], Result]) -> Result:

@@ -234,7 +234,7 @@ class PPOTrainer(Resumable):
             generated = self._sample(encoded)
         self._interruption.check()
         with clock.phase("score"):
-            scores = shared_scores(self.reward, rows, generated.texts, self.world)
+            scores, parts = shared_scores(self.reward, rows, generated.texts, self.world)
         self._interruption.check()
         with clock.phase("logprobs"):
             experience = make_experience(
@@ -245,6 +245,7 @@ class PPOTrainer(Resumable):
                 self.config,
             )
             self.estimate_advantages(experience)
+        experience.score_parts = parts
         experience.seconds = clock.seconds
         return experience
 
