@@ -78,9 +78,7 @@ class HTTPReward:
             request = {
                 "prompts": [prompts[row] for row in rows],
                 "responses": [responses[row] for row in rows],
-                "columns": {
-                    name: [values[row] for row in rows] for name, values in columns.items()
-                },
+                "columns": part,
             }
             scores += self._ask(request)
         return scores

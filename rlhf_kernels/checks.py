@@ -78,12 +78,9 @@ def sequences(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> tuple[Ten
         )
     same_device(name, tensor, cu_seqlens=cu_seqlens)
     if cu_seqlens.device.type == "cpu":  # a GPU's host does not look
-        if torch.compiler.is_compiling():
-            from rlhf_kernels.ops.checked import checked_cu_seqlens
+        from rlhf_kernels.ops.checked import checked_cu_seqlens
 
-            cu_seqlens = checked_cu_seqlens(cu_seqlens, tensor.shape[0], name)
-        else:
-            in_order(name, tensor.shape[0], cu_seqlens)
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, tensor.shape[0], name)
     return cu_seqlens.to(torch.int64).contiguous(), cu_seqlens.numel() - 1
 
 
@@ -109,13 +106,11 @@ def rate(name: str, value: Tensor, like_tensor: Tensor, sequences: int) -> Tenso
     floating(**{name: value})
     shape(name, value, (sequences,), "one a sequence")
     same_device("rewards", like_tensor, **{name: value})
-    if value.device.type == "cpu":
-        if torch.compiler.is_compiling():
-            from rlhf_kernels.ops.checked import checked_rate
+    if value.device.type != "cpu":
+        return value
+    from rlhf_kernels.ops.checked import checked_rate
 
-            return checked_rate(value.detach(), name)
-        in_unit_interval(name, value)
-    return value
+    return checked_rate(value.detach(), name)
 
 
 def in_unit_interval(name: str, value: Tensor) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from rlhf_kernels import gae, linear_ppo_loss, ppo_loss, rollout_advantages
+from rlhf_kernels import gae, linear_ppo_loss, ppo_loss, rollout_advantages, shaped_rewards
 
 ONES, VALID = torch.ones(64), torch.ones(64, dtype=torch.bool)
 TARGETS = torch.ones(64, dtype=torch.long)
@@ -19,6 +21,7 @@ PACKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "rollout_advantages": lambda cu: (
         rollout_advantages(SCORES, ONES, ONES, ONES, VALID, kl_coef=0.1, cu_seqlens=cu).advantages
     ),
+    "shaped_rewards": lambda cu: shaped_rewards(SCORES, ONES, VALID, kl_coef=0.1, cu_seqlens=cu),
     "ppo_loss": lambda cu: ppo_loss(ONES, ONES, ONES, VALID, cu_seqlens=cu)[0],
     "linear_ppo_loss": lambda cu: linear_ppo_loss(
         HIDDEN, WEIGHT, TARGETS, ONES, ONES, VALID, cu_seqlens=cu
@@ -48,3 +51,30 @@ def test_rates_outside_the_unit_interval_are_refused_in_compiled_code() -> None:
     torch.testing.assert_close(compiled(right), gae(*rows, gamma=right)[0])
     with pytest.raises(ValueError, match=r"gamma holds 7\.0 at row 1"):
         compiled(torch.tensor([0.5, 7.0]))
+
+
+ROWS = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+ROWS_VALID = torch.ones(2, 5, dtype=torch.bool)
+
+
+def test_tracers_record_the_checks() -> None:
+    def packed(values: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return gae(values, values, VALID, cu_seqlens=cu)[0]
+
+    right = torch.tensor([0, 30, 64])
+    traced = make_fx(packed)(ONES, right)
+    assert torch.equal(traced(ONES, right), packed(ONES, right))
+    with pytest.raises(ValueError, match="goes from 0 to 65"):
+        traced(ONES, torch.tensor([0, 30, 65]))
+    with FakeTensorMode() as mode:
+        values, cu = mode.from_tensor(ONES), mode.from_tensor(right)
+        assert gae(values, values, mode.from_tensor(VALID), cu_seqlens=cu)[0].shape == ONES.shape
+
+
+def test_vmap_over_rates_of_each_sequence() -> None:
+    def with_rates(gamma: torch.Tensor) -> torch.Tensor:
+        return gae(ROWS, ROWS, ROWS_VALID, gamma=gamma)[0]
+
+    rates = torch.tensor([[0.1, 0.9], [1.0, 0.0]])
+    expected = torch.stack([with_rates(pair) for pair in rates])
+    assert torch.equal(torch.vmap(with_rates)(rates), expected)
