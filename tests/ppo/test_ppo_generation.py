@@ -7,41 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import EOS_IDS, make_policy
+from tiny_sampling import PROMPTS, rows, sample
 
 from rlhf.engine import NonFiniteError
-from rlhf.ppo.generation import GenerationSettings, RequireFinite, cut_at_eos, generate
-
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
-EOS = 3
-
-
-def sample(policy: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> Any:
-    seed, num_return = options.pop("seed", 0), options.pop("num_return", 1)
-    settings = GenerationSettings(**{"max_new_tokens": 8, "dtype": "float32", **options})
-    return generate(policy, tiny_tokenizer(), prompts, settings, seed=seed, num_return=num_return)
-
-
-def rows(generated: Any) -> list[list[int]]:
-    return [ids[m].tolist() for ids, m in zip(generated.responses, generated.response_mask)]
-
-
-def test_mask_goes_through_the_first_eos_also_when_eos_pads() -> None:
-    responses = torch.tensor([[7, EOS, EOS, EOS], [EOS] * 4, [7, 8, 9, 10], [7, 8, 9, EOS]])
-    _, mask, ended = cut_at_eos(responses, [EOS])
-    assert mask.sum(1).tolist() == [2, 1, 4, 4]
-    assert mask.long().diff(dim=1).max() <= 0  # no gaps
-    assert ended.tolist() == [True, True, False, True]
-
-
-def test_every_eos_id_ends_a_response_and_padding_columns_are_cut() -> None:
-    responses = torch.tensor([[7, 9, 1, 1], [8, 7, EOS, 1]])
-    cut, mask, ended = cut_at_eos(responses, [EOS, 9])
-    assert cut.shape == (2, 3)
-    assert mask.sum(1).tolist() == [2, 3]
-    assert ended.all()
-
+from rlhf.ppo.generation import GenerationSettings, generate
+from rlhf.ppo.generation.processors import RequireFinite
 
 @pytest.mark.parametrize("pad", ["<pad>", "<end>", None])
 def test_generated_masks_do_not_depend_on_the_padding_token(pad: str | None) -> None:
@@ -79,6 +52,23 @@ def test_seed_decides_and_global_generator_is_left_alone() -> None:
     torch.manual_seed(8)
     assert rows(sample(policy, seed=5)) == first
     assert rows(sample(policy, seed=6)) != first
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_chunks_do_not_change_samples(batch_size: int) -> None:
+    policy = make_policy()
+    together = rows(sample(policy, num_return=2, seed=4))
+    assert rows(sample(policy, num_return=2, seed=4, batch_size=batch_size)) == together
+    assert together[::2] != together[1::2]  # the two responses to a prompt differ
+
+
+@pytest.mark.parametrize("numbers", [[1, 3, 5, 7], [6, 0, 5], [2]])
+def test_a_rank_samples_its_rows_as_one_process_would(numbers: list[int]) -> None:
+    policy, prompts = make_policy(), PROMPTS * 2
+    whole = rows(sample(policy, prompts, seed=4))
+    assert whole[:4] != whole[4:]  # the same prompts under other row numbers
+    part = sample(policy, [prompts[n] for n in numbers], seed=4, row_numbers=numbers)
+    assert rows(part) == [whole[n] for n in numbers]
 
 
 def test_samples_follow_the_distribution_of_the_settings() -> None:
