@@ -124,6 +124,13 @@ def _ppo_arguments(parser: Any) -> None:
     )
     parser.add_argument("--prompts", type=str, required=True, help=f"prompts: {DATA}")
     parser.add_argument("--reward", type=str, required=True, help=REWARD)
+    parser.add_argument("--eval_prompts", type=str | None, help="held-out prompts, likewise")
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        help="begin with a published recipe's settings, which other options change: "
+        "ziegler2019 or tldr",
+    )
     _resume_arguments(parser)
     parser.add_class_arguments(PPOConfig)
 
@@ -133,7 +140,9 @@ def _run_ppo(args: Any) -> None:
     from rlhf.sources import load_reward
 
     config, reward = config_from(args, PPOConfig), load_reward(args.reward)
-    trainer = PPOTrainer(config, args.policy, args.policy, args.prompts, reward)
+    trainer = PPOTrainer(
+        config, args.policy, None, args.prompts, reward, eval_prompts=args.eval_prompts
+    )
     train(trainer, args)
 
 
@@ -274,9 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlhf: error: there is no command {name!r}.{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     command = COMMANDS[name]
-    parser = build_parser(name)
     try:
+        parser = build_parser(name)
+        preset = apply_preset(parser, options) if name == "ppo" else None
         args = parser.parse_args(options)
+        if name == "ppo" and args.preset != preset:
+            parser.error("preset is given on the command line, not in a file")
     except SystemExit as stop:  # --help ends with 0, a wrong option with 2 and a message
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
     quiet_libraries()
@@ -336,6 +348,21 @@ def build_parser(name: str) -> Any:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
     return parser
+
+
+def apply_preset(parser: Any, options: Sequence[str]) -> str | None:
+    """Make the settings of the recipe that ``--preset`` names the parser's defaults."""
+    from rlhf.ppo.config.presets import preset_settings
+
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--preset")
+    preset = finder.parse_known_args(list(options))[0].preset
+    if preset is not None:
+        try:
+            parser.set_defaults(preset_settings(preset))
+        except ValueError as error:
+            parser.error(str(error))
+    return preset
 
 
 def with_underscores(option: str) -> str:

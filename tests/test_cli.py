@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -335,3 +336,44 @@ def test_a_reward_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="from the file"):
         load_reward(f"{tmp_path / 'failing.py'}:score")
     assert (list(sys.path), set(sys.modules)) == before
+
+
+def test_an_interrupted_run_is_resumed_by_the_same_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = tmp_path / "stopping.py"
+    flag = tmp_path / "stopped"
+    reward.write_text(
+        "import os, pathlib, signal\n"
+        "calls = []\n"
+        "def score(prompts, responses):\n"
+        "    calls.append(1)\n"
+        f"    flag = pathlib.Path({str(flag)!r})\n"
+        "    if len(calls) == 2 and not flag.exists():\n"
+        "        flag.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    given = options(
+        folder, output_dir=str(tmp_path / "run"), reward=f"{reward}:score", total_updates="3"
+    )
+    assert main(given) == 128 + signal.SIGTERM
+    message = capsys.readouterr().err
+    assert "SIGTERM at step 1: saved to" in message and "--resume" in message
+    assert main(given) == 2  # nothing is run over
+    assert "has checkpoints of an earlier training" in capsys.readouterr().err
+    assert main([*given, "--resume"]) == 0
+    assert (tmp_path / "run" / "config.json").exists()
+    changed = [*given, "--resume", "--total_updates", "4", "--seed", "5"]
+    assert main(changed) == 2
+    assert "--resume_allow '[seed, total_updates]'" in capsys.readouterr().err
+    assert main([*changed, "--resume_allow", "[seed,total_updates]"]) == 0
+
+
+def test_a_recipe_is_a_starting_point(capsys: pytest.CaptureFixture[str]) -> None:
+    required = ["--policy", "p", "--prompts", "q", "--reward", "heuristic", "--print_config"]
+    assert main(["ppo", *required, "--preset", "ziegler2019", "--kl_target", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "kl_coef: 0.15" in shown and "kl_target: 3" in shown
+    assert main(["ppo", *required, "--preset", "best"]) == 2
+    assert "'ziegler2019', 'tldr'" in capsys.readouterr().err

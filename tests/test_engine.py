@@ -40,7 +40,7 @@ from rlhf.engine import (
     set_seed,
 )
 from rlhf.engine.engine import make_optimizer
-from rlhf.engine.tracking import ProgressBar, ProgressLines
+from rlhf.engine.progress import ProgressBar, ProgressLines
 
 
 def config(**options: Any) -> TrainingConfig:
@@ -67,7 +67,7 @@ def config(**options: Any) -> TrainingConfig:
         ("micro_batch_size", 2.5),
         ("micro_batch_size", True),
         ("log_every", 0),
-        ("trackers", ["wandb"]),
+        ("trackers", ["mlflow"]),
         ("trackers", "jsonl"),
     ],
 )
@@ -403,8 +403,8 @@ def test_a_metric_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unknown_tracker(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wandb"):
-        Trackers(["wandb"], tmp_path)
+    with pytest.raises(ValueError, match="mlflow"):
+        Trackers(["mlflow"], tmp_path)
 
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TRACKERS = ("jsonl", "tensorboard", "progress")
+TRACKERS = ("jsonl", "tensorboard", "progress")  # unless others are named
+ALL_TRACKERS = (*TRACKERS, "wandb")
 MAX_SEED = 2**63 - 1  # what PyTorch's generators take
 
 
@@ -103,7 +104,8 @@ class TrainingConfig:
             SIGTERM and SIGINT.
         keep_checkpoints: Newest checkpoints to keep.
         log_every: Log every so many optimizer steps.
-        trackers: Where metrics go: jsonl (metrics.jsonl), tensorboard (tb/), progress (terminal).
+        trackers: Where metrics go: jsonl (metrics.jsonl), tensorboard (tb/), progress (terminal),
+            wandb (where it is installed).
     """
 
     output_dir: str = "runs/output"
@@ -151,7 +153,7 @@ class TrainingConfig:
         check_number(self, "save_every", at_least=1, integer=True, optional=True)
         check_number(self, "keep_checkpoints", at_least=1, integer=True)
         check_number(self, "log_every", at_least=1, integer=True)
-        if not isinstance(self.trackers, list) or set(self.trackers) - set(TRACKERS):
+        if not isinstance(self.trackers, list) or set(self.trackers) - set(ALL_TRACKERS):
             raise ValueError(
-                f"trackers={self.trackers!r} must be a list of {', '.join(map(repr, TRACKERS))}"
+                f"trackers={self.trackers!r} must be a list of {', '.join(map(repr, ALL_TRACKERS))}"
             )

@@ -30,6 +30,10 @@ WITHOUT_EFFECT = frozenset(
         "save_every",
         "keep_checkpoints",
         "generation_batch_size",
+        "samples_every",
+        "samples_count",
+        "eval_every",
+        "eval_greedy",
     }
 )
 

@@ -1,4 +1,4 @@
-"""Where metrics go: a JSONL file, TensorBoard, the terminal."""
+"""Where metrics go: a JSONL file, TensorBoard, Weights & Biases, the terminal."""
 
 from __future__ import annotations
 
@@ -11,28 +11,20 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rlhf.engine.config import TRACKERS
+from rlhf.engine.config import ALL_TRACKERS
 from rlhf.engine.engine import NonFiniteError
+from rlhf.engine.progress import KEY_FIGURES, ProgressBar, ProgressLines
 from rlhf.files import write_text
 
-# Shown on the terminal, in this order, when they are among the metrics.
-KEY_FIGURES = (
-    "loss",
-    "eval_loss",
-    "accuracy",
-    "eval_accuracy",
-    "learning_rate",
-    "tokens_per_second",
-)
-SECONDS_BETWEEN_LINES = 10.0
+Sample = dict[str, Any]  # prompt and response as texts, numbers beside them
 
 
 class Tracker(Protocol):
     """One destination."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log_samples(self, samples: list[Sample], step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -40,7 +32,8 @@ class Trackers:
     """Sends metrics to every tracker named; a context manager.
 
     Args:
-        names: Any of "jsonl" (``metrics.jsonl``), "tensorboard" (``tb/``), "progress".
+        names: Any of "jsonl" (``metrics.jsonl``, ``samples.jsonl``), "tensorboard" (``tb/``),
+            "wandb" (if it is installed), "progress".
         output_dir: Existing folder for the files.
         total: Steps in all, for the progress bar.
         title: What the terminal calls this training.
@@ -59,15 +52,18 @@ class Trackers:
         key_figures: Sequence[str] = KEY_FIGURES,
         resumed_at: int | None = None,
     ) -> None:
-        unknown = set(names) - set(TRACKERS)
+        unknown = set(names) - set(ALL_TRACKERS)
         if unknown:
-            raise ValueError(f"unknown trackers {sorted(unknown)}; there are {', '.join(TRACKERS)}")
+            there_are = ", ".join(ALL_TRACKERS)
+            raise ValueError(f"unknown trackers {sorted(unknown)}; there are {there_are}")
         folder = Path(output_dir)
         self._trackers: list[Tracker] = []
         if "jsonl" in names:
-            self._trackers.append(JsonlTracker(folder / "metrics.jsonl", resumed_at))
+            self._trackers.append(JsonlTracker(folder, resumed_at))
         if "tensorboard" in names:
             self._trackers.append(TensorBoardTracker(folder / "tb", resumed_at))
+        if "wandb" in names:
+            self._trackers.append(WandbTracker(folder, title))
         if "progress" in names:
             console = Console(stderr=True)
             kind = ProgressBar if console.is_terminal else ProgressLines
@@ -84,6 +80,11 @@ class Trackers:
                 raise NonFiniteError(f"metric {name!r} is {value} at step {step}")
         for tracker in self._trackers:
             tracker.log(metrics, step)
+
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        """Show some prompts with their responses and numbers."""
+        for tracker in self._trackers:
+            tracker.log_samples(samples, step)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -102,11 +103,19 @@ class Trackers:
 
 
 class JsonlTracker:
-    """One JSON object a line, flushed at once; a new run starts a new file."""
+    """One JSON object a line, flushed at once: metrics.jsonl, and samples.jsonl if there are any.
 
-    def __init__(self, path: Path, resumed_at: int | None = None) -> None:
-        write_text(path, "" if resumed_at is None else lines_up_to(path, resumed_at))
-        self._file = path.open("a", encoding="utf-8")
+    A new run starts new files; one that is resumed cuts them to where it was.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        self._samples = folder / "samples.jsonl"
+        for path in (folder / "metrics.jsonl", self._samples):
+            if resumed_at is not None:
+                write_text(path, lines_up_to(path, resumed_at))
+            else:
+                path.unlink(missing_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         record = {"step": step, "time": round(time.time(), 3)}
@@ -114,12 +123,17 @@ class JsonlTracker:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+
     def close(self) -> None:
         self._file.close()
 
 
 def lines_up_to(path: Path, step: int) -> str:
-    """The lines of a ``metrics.jsonl`` up to a step, without one that was left half-written."""
+    """The lines of a JSONL file up to a step, without one that was left half-written."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -143,69 +157,35 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        rows = [json.dumps(sample, ensure_ascii=False, indent=2) for sample in samples]
+        self._writer.add_text("samples", "\n\n".join(f"```\n{row}\n```" for row in rows), step)
+
     def close(self) -> None:
         self._writer.close()
 
 
-class ProgressBar:
-    """A live bar with the key figures, for a terminal."""
+class WandbTracker:
+    """Weights & Biases; its environment variables name the project, and may set it offline."""
 
-    def __init__(
-        self, console: Console, title: str, total: int | None, key_figures: Sequence[str]
-    ) -> None:
-        self._key_figures = key_figures
-        self._shown: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task(title, total=total, figures="")
-        self._progress.start()
+    def __init__(self, folder: Path, title: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                "the tracker wandb needs the package of that name: pip install wandb"
+            ) from error
+        self._wandb: Any = wandb
+        # The folder's name as the run's, so that a resumed training goes on with the same one.
+        self._run: Any = wandb.init(dir=str(folder), name=f"{title} {folder.name}", resume="allow")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self._shown.update(metrics)
-        figures = describe(self._shown, self._key_figures)
-        self._progress.update(self._task, completed=step, figures=figures)
+        self._run.log(metrics, step=step)
+
+    def log_samples(self, samples: list[Sample], step: int) -> None:
+        columns = list(samples[0])
+        rows = [[sample[name] for name in columns] for sample in samples]
+        self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
-        self._progress.stop()
-
-
-class ProgressLines:
-    """A plain line every ten seconds, for logs and pipes; the last figures are always printed."""
-
-    def __init__(
-        self, console: Console, title: str, total: int | None, key_figures: Sequence[str]
-    ) -> None:
-        self._console = console
-        self._title = title
-        self._total = total
-        self._key_figures = key_figures
-        self._shown: dict[str, float] = {}
-        self._pending: str | None = None
-        self._printed_at = -math.inf
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._shown.update(metrics)
-        place = f"{step}/{self._total}" if self._total else str(step)
-        self._pending = f"{self._title} {place}  {describe(self._shown, self._key_figures)}"
-        if time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
-            self._print()
-
-    def close(self) -> None:
-        self._print()
-
-    def _print(self) -> None:
-        if self._pending is not None:
-            self._console.print(self._pending, markup=False, highlight=False, soft_wrap=True)
-            self._printed_at = time.monotonic()
-            self._pending = None
-
-
-def describe(metrics: dict[str, float], names: Sequence[str]) -> str:
-    """The named metrics that are there, short enough for a line."""
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+        self._run.finish()

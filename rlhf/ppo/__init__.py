@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, GenerationSettings, generate
@@ -9,6 +10,7 @@ from rlhf.ppo.scoring import RewardError
 from rlhf.ppo.trainer import PPOTrainer
 
 __all__ = [
+    "Callback",
     "Experience",
     "Generated",
     "GenerationSettings",

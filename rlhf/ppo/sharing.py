@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.engine import Engine, World
 from rlhf.engine.batching import share_out
-from rlhf.ppo.generation import Generated, GenerationSettings, generate
+from rlhf.ppo.generation import Generated, GenerationSettings, Sampler, generate
 from rlhf.ppo.scoring import Reward, score_in_parts
 
 Result = TypeVar("Result")
@@ -38,6 +38,7 @@ def shared_generation(
     settings: GenerationSettings,
     *,
     seed: int,
+    sampler: Sampler | None = None,
 ) -> Generated:
     """``generate`` for a batch: the same responses, to rounding, on any number of ranks."""
     world = policy.world
@@ -53,6 +54,7 @@ def shared_generation(
                 settings,
                 seed=seed,
                 row_numbers=mine,
+                sampler=sampler,
             )
         ),
     )

@@ -21,9 +21,11 @@ from rlhf.engine.resume import fingerprint
 from rlhf.models import (
     load_tokenizer,
 )
+from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.evaluation import evaluate
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.generation import Generated, GenerationSettings
+from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
 from rlhf.ppo.metrics import (
     Stopwatch,
@@ -42,6 +44,7 @@ from rlhf.ppo.prompts import (
     repeat_each,
 )
 from rlhf.ppo.rollout import estimate_advantages, make_experience
+from rlhf.ppo.samples import samples_of
 from rlhf.ppo.score_shaping import ScoreShaper
 from rlhf.ppo.scoring import Reward, check_reward
 from rlhf.ppo.seeds import derive_seed
@@ -77,6 +80,10 @@ class PPOTrainer(Resumable):
             in place. None: a copy of the reward model if that has the policy's tokenizer, else the
             policy's trunk with a new head. An advantage estimator without a critic takes none.
         reference: The model that the KL penalty keeps the policy near. None: a copy of the policy.
+        eval_prompts: Held-out prompts, likewise; ``train`` answers them every ``eval_every``
+            updates, and the checkpoint with the best ``eval_score`` is kept.
+        sampler: Another engine to sample with; see ``rlhf.ppo.generation.Sampler``.
+        callbacks: Called at certain points of ``train``.
 
     Raises:
         OutputError: ``config.output_dir`` cannot be written to.
@@ -97,6 +104,10 @@ class PPOTrainer(Resumable):
         reward: Reward,
         critic: Any = None,
         reference: Any = None,
+        *,
+        eval_prompts: Any = None,
+        sampler: Sampler | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         check_config(config, PPOConfig, "PPOTrainer")
         check_reward(reward)
@@ -105,6 +116,8 @@ class PPOTrainer(Resumable):
         check_share(config.batch_size, World.join())
         self.config = config
         self.reward = reward
+        self.sampler = sampler
+        self.callbacks = list(callbacks)
         self.tokenizer = load_tokenizer(tokenizer, policy)
         prepare_tokenizer(self.tokenizer)
         self.chat_format = ChatFormat(self.tokenizer, config.template)
@@ -113,12 +126,16 @@ class PPOTrainer(Resumable):
 
         self.rows = read_prompts(prompts)
         self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
+        self.eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
+        self.eval_ids = self._encode(self.eval_rows, "eval_prompts")
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
         self.device = models.policy.device
         self.kl_control = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_shaper = ScoreShaper(config)
         self.updates_done = 0
+        self._stopped = False
+        self._eval_score: float | None = None
         self._prepare_to_resume(prompts=fingerprint(self.rows), **models.fingerprints)
 
     @property
@@ -164,6 +181,8 @@ class PPOTrainer(Resumable):
     def prompts(self) -> Iterator[list[PromptRow]]:
         """The batches of prompts that are still to come, one for each update."""
         for number in range(self.updates_done, self.config.total_updates):
+            if self._stopped:
+                return
             yield [self.rows[index] for index in self.prompt_order.batch(number)]
 
     def train(self) -> dict[str, float]:
@@ -183,15 +202,58 @@ class PPOTrainer(Resumable):
         self._require_unfinished()
         metrics: dict[str, float] = {}
         with self._session(self._critic_folder), self._trackers() as trackers:
+            self._call("on_train_begin")
             for prompts in self.prompts:
                 experience = self.rollout(prompts)
+                self._call("on_rollout", experience)
                 metrics = self.update(experience)
-                if self.updates_done % self.config.log_every == 0 or self.finished:
-                    trackers.log(metrics, self.updates_done)
-                self._after_step(last=self.finished)
+                metrics.update(self._watch(trackers, experience, metrics))
+                self._after_step(last=self.finished, metric=self._eval_score)
+            self._call("on_train_end")
         self.models.policy.require_progress()
         self.save()
         return metrics
+
+    def stop(self) -> None:
+        """Have ``train`` end after the present update, as if it were the last."""
+        self._stopped = True
+
+    def evaluate(self) -> dict[str, float]:
+        """How the policy answers ``eval_prompts``; see ``rlhf.ppo.evaluation``."""
+        return evaluate(
+            self.models,
+            self.tokenizer,
+            self.eval_rows,
+            self.eval_ids,
+            self.reward,
+            self.config,
+            self.sampler,
+        )
+
+    def _watch(
+        self, trackers: Trackers, experience: Experience, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """After an update: log it, show samples, evaluate; returns what was evaluated."""
+        config, number, found = self.config, self.updates_done, {}
+        self._call("on_update", metrics)
+        if config.eval_every and self.eval_rows and self._is_due(config.eval_every):
+            found = self.evaluate()
+            self._eval_score = found["eval_score"]
+            self._call("on_evaluate", found)
+        if self._is_due(config.log_every):
+            trackers.log({**metrics, **found}, number)
+        elif found:
+            trackers.log(found, number)
+        if config.samples_every and self._is_due(config.samples_every) and self.world.is_main:
+            trackers.log_samples(samples_of(experience, config.samples_count), number)
+        return found
+
+    def _is_due(self, every: int) -> bool:
+        return self.updates_done % every == 0 or self.finished
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(self, *arguments)
 
     def _trackers(self) -> Trackers:
         config = self.config
@@ -213,8 +275,8 @@ class PPOTrainer(Resumable):
 
     @property
     def finished(self) -> bool:
-        """Whether all updates are done."""
-        return self.updates_done >= self.config.total_updates
+        """Whether all updates are done, or ``stop`` was called."""
+        return self._stopped or self.updates_done >= self.config.total_updates
 
     def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
         """Sample ``responses_per_prompt`` responses to each prompt, one after another, and work out
@@ -307,17 +369,15 @@ class PPOTrainer(Resumable):
 
     def _sample(self, prompt_ids: list[list[int]]) -> Generated:
         config = self.config
-        settings = GenerationSettings(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            batch_size=config.generation_batch_size or len(prompt_ids),
-            dtype=config.dtype,
-        )
+        settings = config.generation_settings(len(prompt_ids), dtype=config.dtype)
         seed = derive_seed(config.seed, "generate", self.updates_done)
         return shared_generation(
-            self.models.policy, self.tokenizer, prompt_ids, settings, seed=seed
+            self.models.policy,
+            self.tokenizer,
+            prompt_ids,
+            settings,
+            seed=seed,
+            sampler=self.sampler,
         )
 
     def _metrics(

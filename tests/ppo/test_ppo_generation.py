@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import EOS_IDS, make_policy
 from tiny_sampling import PROMPTS, rows, sample
@@ -15,6 +13,7 @@ from tiny_sampling import PROMPTS, rows, sample
 from rlhf.engine import NonFiniteError
 from rlhf.ppo.generation import GenerationSettings, generate
 from rlhf.ppo.generation.processors import RequireFinite
+
 
 @pytest.mark.parametrize("pad", ["<pad>", "<end>", None])
 def test_generated_masks_do_not_depend_on_the_padding_token(pad: str | None) -> None:
