@@ -19,8 +19,12 @@ EOS = 3
 
 def sample(policy: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> Any:
     seed, num_return = options.pop("seed", 0), options.pop("num_return", 1)
+    numbers = options.pop("row_numbers", None)
     settings = GenerationSettings(**{"max_new_tokens": 8, "dtype": "float32", **options})
-    return generate(policy, tiny_tokenizer(), prompts, settings, seed=seed, num_return=num_return)
+    return generate(
+        policy, tiny_tokenizer(), prompts, settings,
+        seed=seed, num_return=num_return, row_numbers=numbers,
+    )  # fmt: skip
 
 
 def rows(generated: Any) -> list[list[int]]:
@@ -79,6 +83,23 @@ def test_seed_decides_and_global_generator_is_left_alone() -> None:
     torch.manual_seed(8)
     assert rows(sample(policy, seed=5)) == first
     assert rows(sample(policy, seed=6)) != first
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_chunks_do_not_change_samples(batch_size: int) -> None:
+    policy = make_policy()
+    together = rows(sample(policy, num_return=2, seed=4))
+    assert rows(sample(policy, num_return=2, seed=4, batch_size=batch_size)) == together
+    assert together[::2] != together[1::2]  # the two responses to a prompt differ
+
+
+@pytest.mark.parametrize("numbers", [[1, 3, 5, 7], [6, 0, 5], [2]])
+def test_a_rank_samples_its_rows_as_one_process_would(numbers: list[int]) -> None:
+    policy, prompts = make_policy(), PROMPTS * 2
+    whole = rows(sample(policy, prompts, seed=4))
+    assert whole[:4] != whole[4:]  # the same prompts under other row numbers
+    part = sample(policy, [prompts[n] for n in numbers], seed=4, row_numbers=numbers)
+    assert rows(part) == [whole[n] for n in numbers]
 
 
 def test_samples_follow_the_distribution_of_the_settings() -> None:
