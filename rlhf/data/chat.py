@@ -96,19 +96,21 @@ class ChatFormat:
         """The special tokens that ``text`` spells; they are encoded as ordinary characters."""
         return list(dict.fromkeys(self._special.findall(text))) if self._special else []
 
-    def decode_completion(self, ids: list[int]) -> str:
-        """The text of completion ids, without special tokens, exactly as it continues a prompt.
+    def decode_completion(self, ids: list[int], *, special: bool = False) -> str:
+        """The text of completion ids, exactly as it continues a prompt; special tokens are left
+        out unless ``special``.
 
         Tokenizers of the SentencePiece kind drop the first space of whatever they decode; here it
         stays, so that prompt + completion is again the whole text.
         """
         if not self._anchor:
-            return self._decode(ids)
-        return self._decode([*self._anchor[1], *ids])[len(self._decode(self._anchor[1])) :]
+            return self._decode(ids, special)
+        anchor = self._anchor[1]
+        return self._decode([*anchor, *ids], special)[len(self._decode(anchor, special)) :]
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int], special: bool) -> str:
         return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
 
     # Rendering

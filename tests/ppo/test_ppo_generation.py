@@ -11,7 +11,8 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import EOS_IDS, make_policy
 
 from rlhf.engine import NonFiniteError
-from rlhf.ppo.generation import GenerationSettings, RequireFinite, cut_at_eos, generate
+from rlhf.ppo.generation import Ending, GenerationSettings, generate
+from rlhf.ppo.generation.processors import RequireFinite
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 EOS = 3
@@ -31,20 +32,25 @@ def rows(generated: Any) -> list[list[int]]:
     return [ids[m].tolist() for ids, m in zip(generated.responses, generated.response_mask)]
 
 
-def test_mask_goes_through_the_first_eos_also_when_eos_pads() -> None:
-    responses = torch.tensor([[7, EOS, EOS, EOS], [EOS] * 4, [7, 8, 9, 10], [7, 8, 9, EOS]])
-    _, mask, ended = cut_at_eos(responses, [EOS])
-    assert mask.sum(1).tolist() == [2, 1, 4, 4]
-    assert mask.long().diff(dim=1).max() <= 0  # no gaps
-    assert ended.tolist() == [True, True, False, True]
+def ending(eos_ids: list[int] | int = EOS, **options: Any) -> Ending:
+    policy = tiny_llama()
+    policy.generation_config.eos_token_id = eos_ids
+    return Ending(policy, tiny_tokenizer(), GenerationSettings(**options))
 
 
-def test_every_eos_id_ends_a_response_and_padding_columns_are_cut() -> None:
-    responses = torch.tensor([[7, 9, 1, 1], [8, 7, EOS, 1]])
-    cut, mask, ended = cut_at_eos(responses, [EOS, 9])
-    assert cut.shape == (2, 3)
-    assert mask.sum(1).tolist() == [2, 3]
-    assert ended.all()
+@pytest.mark.parametrize(
+    "response, length, ended",
+    [([7, EOS, EOS], 2, True), ([EOS], 1, True), ([7, 8], 2, False), ([7, 9, EOS], 3, True)],
+)
+def test_a_response_goes_through_its_first_eos_also_when_eos_pads(
+    response: list[int], length: int, ended: bool
+) -> None:
+    assert ending().cut(response) == (response[:length], ended)
+
+
+def test_every_eos_id_ends_a_response() -> None:
+    assert ending([EOS, 9]).cut([7, 9, 1]) == ([7, 9], True)
+    assert ending([9]).cut([7, EOS, 1]) == ([7, EOS], True)  # the tokenizer's, too
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<end>", None])

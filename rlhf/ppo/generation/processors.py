@@ -1,0 +1,130 @@
+"""From logits to a token: transformers' processors, and a draw that each response makes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlhf.engine import NonFiniteError
+from rlhf.ppo.generation.options import warpers
+from rlhf.ppo.generation.settings import GenerationSettings
+from rlhf.ppo.seeds import derive_seed
+
+
+def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor:
+    """fp64 [rows, steps] in [0, 1): a stream for each row, from the seed and its number."""
+    streams = torch.empty(len(row_numbers), steps, dtype=torch.float64)
+    for stream, number in zip(streams, row_numbers):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "row", number))
+        torch.rand(steps, generator=generator, dtype=torch.float64, out=stream)
+    return streams
+
+
+def shaping(settings: GenerationSettings) -> LogitsProcessorList:
+    """What makes the distribution to sample from out of logits, in transformers' order."""
+    processors = LogitsProcessorList()
+    if settings.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        processors.append(TopPLogitsWarper(float(settings.top_p)))
+    if settings.min_p:
+        processors.append(MinPLogitsWarper(float(settings.min_p)))
+    if settings.generation_backend == "generate":
+        processors.extend(warpers(settings.generation_options))
+    return processors
+
+
+def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """The token of each row by inverse transform sampling, int64 [B].
+
+    One uniform number a row, looked up in the cumulative distribution. ``torch.multinomial`` draws
+    one for every entry of the vocabulary, which on a CPU takes a third of the time of a step.
+
+    Args:
+        scores: [B, V], the logarithm of the distribution up to a constant a row.
+        uniforms: fp64 [B] in [0, 1).
+    """
+    # float64 from here on: rare tokens keep their share next to a sum near 1.
+    cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+    point = uniforms[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative share exceeds the point, so never one of probability 0;
+    # the largest point can round up to the total itself.
+    token = torch.searchsorted(cumulative, point, right=True).clamp(max=scores.shape[-1] - 1)
+    return token[:, 0]
+
+
+def only(token: Tensor, scores: Tensor) -> Tensor:
+    """Scores [B, V] that leave ``token`` [B] as the only possible one."""
+    return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def unusable(scores: Tensor) -> Tensor:
+    """bool [B], rows of which no token can be chosen.
+
+    NaN would not fail by itself: its comparisons are false, and some token comes out. The largest
+    of a row is NaN where any is, and infinite where any is or where all are -inf.
+    """
+    return ~scores.amax(-1).isfinite()
+
+
+def not_finite(where: str) -> NonFiniteError:
+    """The error of unusable logits; ``where`` they are."""
+    return NonFiniteError(
+        f"the policy's logits are NaN or infinite {where}. Look at its weights: it may have broken "
+        "in training; lower the learning rate."
+    )
+
+
+class RequireFinite(LogitsProcessor):
+    """Raises NonFiniteError for logits of which no token can be chosen."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = unusable(scores)
+        if bad.any():
+            raise not_finite(
+                f"for {int(bad.sum())} of {len(bad)} responses after {input_ids.shape[1]} tokens "
+                "(prompt included)"
+            )
+        return scores
+
+
+class InverseTransformSampling(LogitsProcessor):
+    """Draws a token for each row and leaves it the only possible one.
+
+    Args:
+        uniforms: fp64 [B, T], the number for each row and step.
+    """
+
+    def __init__(self, uniforms: Tensor) -> None:
+        self.uniforms = uniforms
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step += 1
+        return only(draw(scores, self.uniforms[:, self.step - 1]), scores)
+
+
+def logits_processors(settings: GenerationSettings, uniforms: Tensor) -> LogitsProcessorList:
+    """What turns logits into the choice of a token; the likeliest is left to transformers.
+
+    Args:
+        settings: How to sample.
+        uniforms: See ``InverseTransformSampling``.
+    """
+    if settings.greedy:
+        return LogitsProcessorList([RequireFinite()])
+    return LogitsProcessorList(
+        [RequireFinite(), *shaping(settings), InverseTransformSampling(uniforms)]
+    )
