@@ -7,51 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import EOS_IDS, make_policy
+from tiny_sampling import PROMPTS, rows, sample
 
 from rlhf.engine import NonFiniteError
-from rlhf.ppo.generation import Ending, GenerationSettings, generate
+from rlhf.ppo.generation import GenerationSettings, generate
 from rlhf.ppo.generation.processors import RequireFinite
-
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
-EOS = 3
-
-
-def sample(policy: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> Any:
-    seed, num_return = options.pop("seed", 0), options.pop("num_return", 1)
-    numbers = options.pop("row_numbers", None)
-    settings = GenerationSettings(**{"max_new_tokens": 8, "dtype": "float32", **options})
-    return generate(
-        policy, tiny_tokenizer(), prompts, settings,
-        seed=seed, num_return=num_return, row_numbers=numbers,
-    )  # fmt: skip
-
-
-def rows(generated: Any) -> list[list[int]]:
-    return [ids[m].tolist() for ids, m in zip(generated.responses, generated.response_mask)]
-
-
-def ending(eos_ids: list[int] | int = EOS, **options: Any) -> Ending:
-    policy = tiny_llama()
-    policy.generation_config.eos_token_id = eos_ids
-    return Ending(policy, tiny_tokenizer(), GenerationSettings(**options))
-
-
-@pytest.mark.parametrize(
-    "response, length, ended",
-    [([7, EOS, EOS], 2, True), ([EOS], 1, True), ([7, 8], 2, False), ([7, 9, EOS], 3, True)],
-)
-def test_a_response_goes_through_its_first_eos_also_when_eos_pads(
-    response: list[int], length: int, ended: bool
-) -> None:
-    assert ending().cut(response) == (response[:length], ended)
-
-
-def test_every_eos_id_ends_a_response() -> None:
-    assert ending([EOS, 9]).cut([7, 9, 1]) == ([7, 9], True)
-    assert ending([9]).cut([7, EOS, 1]) == ([7, EOS], True)  # the tokenizer's, too
-
 
 @pytest.mark.parametrize("pad", ["<pad>", "<end>", None])
 def test_generated_masks_do_not_depend_on_the_padding_token(pad: str | None) -> None:

@@ -29,7 +29,6 @@ PASSED_ON = {
             *WARPERS,
             "bad_words_ids",
             "begin_suppress_tokens",
-            "cache_config",
             "cache_implementation",
             "disable_compile",
             "exponential_decay_length_penalty",
@@ -144,7 +143,7 @@ def check_generation_options(options: Mapping[str, Any], backend: str) -> None:
         close = get_close_matches(str(name), PASSED_ON[backend], n=1)
         hint = f"did you mean {close[0]!r}?" if close else ""
         known = ", ".join(sorted(PASSED_ON[backend]))
-        raise ValueError(f"{where} is unknown; {hint or f'there are {known}'}")
+        raise ValueError(f"{where} is not passed on; {hint or f'these are: {known}'}")
 
 
 def warpers(options: Mapping[str, Any]) -> list[LogitsProcessor]:
