@@ -123,7 +123,7 @@ def test_nothing_ends_before_min_new_tokens() -> None:
 
 
 def test_a_stop_id_outside_the_vocabulary_is_named() -> None:
-    with pytest.raises(ValueError, match="stop_token_ids has 128, .* ends at 127"):
+    with pytest.raises(ValueError, match=r"stop_token_ids has 128, .* ends at 127"):
         ending(stop_token_ids=[128])
 
 
