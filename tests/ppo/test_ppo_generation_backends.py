@@ -63,6 +63,23 @@ def test_the_policy_and_the_global_generators_are_left_as_they_were() -> None:
     assert rows(made) == rows(sample(policy, MANY, seed=3))
 
 
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
+def test_adapters_act_and_the_model_inside_keeps_its_config(backend: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = make_policy()
+    own, plain = base.generation_config, rows(sample(base, seed=3))
+    policy = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert rows(sample(policy, seed=3, generation_backend=backend)) == plain  # adapters are 0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    assert rows(sample(policy, seed=3, generation_backend=backend)) != plain
+    assert base.generation_config is own
+    assert policy.generation_config is own
+
+
 def test_weights_in_bfloat16_run_in_bfloat16_and_others_do_not() -> None:
     made = continuously(make_policy().to(torch.bfloat16), dtype="bfloat16")
     assert len(rows(made)) == len(MANY)

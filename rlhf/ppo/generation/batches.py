@@ -84,13 +84,16 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
 
     Eval mode, because a KV cache and gradient checkpointing exclude each other. Its own config,
     because transformers fills whatever a given config leaves open from it, and a repetition penalty
-    there would sample from another distribution than the one whose log-probabilities PPO trains.
+    there would sample from another distribution than the one whose log-probabilities PPO trains. Of
+    a model with adapters (peft) the model inside gets it, too, on ``generate``, and loses it again.
     """
-    was_training, was_config = model.training, model.generation_config
+    models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    was_training, was_configs = model.training, [each.generation_config for each in models]
     model.eval()
     model.generation_config = config
     try:
         yield
     finally:
         model.train(was_training)
-        model.generation_config = was_config
+        for each, was_config in zip(models, was_configs):
+            each.generation_config = was_config
