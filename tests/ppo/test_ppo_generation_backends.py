@@ -63,12 +63,14 @@ def test_the_policy_and_the_global_generators_are_left_as_they_were() -> None:
     assert rows(made) == rows(sample(policy, MANY, seed=3))
 
 
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("backend", ["generate", "continuous"])
-def test_adapters_act_and_the_model_inside_keeps_its_config(backend: str) -> None:
+def test_adapters_act_and_the_model_inside_keeps_its_config(backend: str, task: str | None) -> None:
     peft = pytest.importorskip("peft")
     base = make_policy()
     own, plain = base.generation_config, rows(sample(base, seed=3))
-    policy = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    lora = peft.LoraConfig(task_type=task, target_modules=["q_proj", "v_proj"])
+    policy = peft.get_peft_model(base, lora)
     assert rows(sample(policy, seed=3, generation_backend=backend)) == plain  # adapters are 0
     torch.manual_seed(0)
     with torch.no_grad():

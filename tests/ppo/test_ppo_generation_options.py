@@ -150,7 +150,7 @@ def test_every_option_that_is_passed_on_exists() -> None:
         ("temperature", "the setting of that name"),
         ("max_length", "max_new_tokens"),
         ("eos_token_id", "stop_token_ids"),
-        ("num_return_sequences", "how many responses"),
+        ("num_return_sequences", "responses_per_prompt"),
         ("num_beams", "beam search"),
         ("page_size", "generation_backend='continuous'"),
         ("no_repeat_ngram", "did you mean 'no_repeat_ngram_size'"),

@@ -85,12 +85,13 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
     Eval mode, because a KV cache and gradient checkpointing exclude each other. Its own config,
     because transformers fills whatever a given config leaves open from it, and a repetition penalty
     there would sample from another distribution than the one whose log-probabilities PPO trains. Of
-    a model with adapters (peft) the model inside gets it, too, on ``generate``, and loses it again.
+    a model with adapters (peft) that holds for the model inside, too.
     """
     models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     was_training, was_configs = model.training, [each.generation_config for each in models]
     model.eval()
-    model.generation_config = config
+    for each in models:
+        each.generation_config = config
     try:
         yield
     finally:
