@@ -70,31 +70,17 @@ def test_a_rank_samples_its_rows_as_one_process_would(numbers: list[int]) -> Non
     assert rows(part) == [whole[n] for n in numbers]
 
 
-def test_samples_follow_the_distribution_of_the_settings() -> None:
-    """Frequencies of one-token responses against softmax(logits / temperature) among the top 5."""
-    policy, count, temperature = make_policy(), 4000, 1.7
-    made = sample(
-        policy, [[5, 6, 7]], max_new_tokens=1, num_return=count, temperature=temperature, top_k=5,
-        batch_size=count,
-    )  # fmt: skip
-    logits = policy(torch.tensor([[5, 6, 7]])).logits[0, -1].detach() / temperature
-    kept = logits.topk(5)
-    expected = dict(zip(kept.indices.tolist(), kept.values.softmax(0).tolist()))
-    drawn = made.responses[:, 0].tolist()
-    assert set(drawn) <= set(expected)
-    for token, p in expected.items():
-        # Five standard deviations of a frequency.
-        assert abs(drawn.count(token) / count - p) < 5 * math.sqrt(p * (1 - p) / count)
-
-
+@pytest.mark.parametrize("backend", ["generate", "continuous"])
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_an_error(greedy: bool, bad: float) -> None:
+def test_logits_that_are_no_numbers_are_an_error(greedy: bool, bad: float, backend: str) -> None:
     policy = make_policy()
     with torch.no_grad():
         policy.lm_head.weight[9, 0] = bad
-    with pytest.raises(NonFiniteError, match=r"logits are NaN or infinite for .* of 4 responses"):
-        sample(policy, greedy=greedy, top_k=5, top_p=0.9, temperature=0.7)
+    options = {"greedy": greedy, "top_k": 5, "top_p": 0.9, "temperature": 0.7}
+    where = "for .* of 4 responses" if backend == "generate" else r"for \d+ of the tokens"
+    with pytest.raises(NonFiniteError, match=rf"logits are NaN or infinite {where}"):
+        sample(policy, generation_backend=backend, **options)
 
 
 def test_a_token_ruled_out_is_no_error() -> None:
@@ -122,11 +108,3 @@ def test_training_mode_comes_back_also_after_an_error() -> None:
     with pytest.raises(IndexError):
         sample(policy, [[10_000]])
     assert policy.training
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}, {"top_k": -1}]
-)
-def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        GenerationSettings(**wrong)  # type: ignore[arg-type]

@@ -41,11 +41,12 @@ def sample_in_batches(
         for start in range(0, len(order), settings.batch_size):
             chunk = order[start : start + settings.batch_size]
             ids, mask = pad_left([list(prompt_ids[row]) for row in chunk], pad_id)
+            ids, mask = ids.to(device), mask.to(device)
             at_strings = StopAtStrings(ending, prompt_width=ids.shape[1])
             output = policy.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.long().to(device),
-                logits_processor=logits_processors(settings, uniforms[chunk]),
+                input_ids=ids,
+                attention_mask=mask.long(),
+                logits_processor=logits_processors(settings, uniforms[chunk], mask),
                 stopping_criteria=StoppingCriteriaList([at_strings] if ending.stop_strings else []),
             )
             for place, response in enumerate(output[:, ids.shape[1] :].tolist()):
@@ -66,7 +67,6 @@ def generation_config(
         do_sample=False,
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens or None,
-        repetition_penalty=float(settings.repetition_penalty),
         eos_token_id=ending.ids or None,
         pad_token_id=pad_id,
         **options,
@@ -84,13 +84,17 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
 
     Eval mode, because a KV cache and gradient checkpointing exclude each other. Its own config,
     because transformers fills whatever a given config leaves open from it, and a repetition penalty
-    there would sample from another distribution than the one whose log-probabilities PPO trains.
+    there would sample from another distribution than the one whose log-probabilities PPO trains. Of
+    a model with adapters (peft) that holds for the model inside, too.
     """
-    was_training, was_config = model.training, model.generation_config
+    models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    was_training, was_configs = model.training, [each.generation_config for each in models]
     model.eval()
-    model.generation_config = config
+    for each in models:
+        each.generation_config = config
     try:
         yield
     finally:
         model.train(was_training)
-        model.generation_config = was_config
+        for each, was_config in zip(models, was_configs):
+            each.generation_config = was_config

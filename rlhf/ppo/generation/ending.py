@@ -28,6 +28,7 @@ class Ending:
 
     Attributes:
         ids: The ids that end a response, sorted.
+        window: So many tokens can make up a stop string at most, a byte each.
 
     Raises:
         ValueError: A stop id is not in the model's vocabulary.
@@ -44,23 +45,27 @@ class Ending:
         self.stop_strings = list(options.stop_strings)
         self.min_new_tokens = options.min_new_tokens
         self._format = ChatFormat(tokenizer, "none")
-        # A token adds at least a byte, so no more of them than these can make up a stop string; one
-        # more keeps apart what the first token of a text loses when it is decoded.
-        self._window = 1 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
+        # One more, since some tokenizers decode the first token of a text otherwise.
+        self.window = 1 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
 
-    def completes_stop_string(self, response: Sequence[int]) -> bool:
-        """Whether the last token of the response so far completes a stop string.
+    def completes_stop_string(self, tail: Sequence[int], length: int) -> bool:
+        """Whether the last token of a response so far completes a stop string.
 
         As with EOS, ``min_new_tokens`` tokens must come before it.
+
+        Args:
+            tail: The last ``window`` ids of the response, or more of them.
+            length: How many it has in all.
         """
-        if not self.stop_strings or len(response) <= self.min_new_tokens:
+        if not self.stop_strings or length <= self.min_new_tokens:
             return False
-        return self._stop_position(list(response[-self._window :]), special=True) is not None
+        return self._stop_position(list(tail[-self.window :]), special=True) is not None
 
     def cut(self, response: Sequence[int]) -> tuple[list[int], bool]:
         """A response through its first end, inclusive, and whether it has one."""
         for length, token in enumerate(response, start=1):
-            if token in self.ids or self.completes_stop_string(response[:length]):
+            tail = response[max(0, length - self.window) : length]
+            if token in self.ids or self.completes_stop_string(tail, length):
                 return list(response[:length]), True
         return list(response), False
 
@@ -71,7 +76,7 @@ class Ending:
         follows it in its last token.
         """
         text = self._format.decode_completion(list(response))
-        if not self.completes_stop_string(response):
+        if not self.completes_stop_string(response, len(response)):
             return text
         position = self._stop_position(list(response), special=False)
         return text[:position]
@@ -104,9 +109,10 @@ class StopAtStrings(StoppingCriteria):
         self.lengths: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for row, response in enumerate(input_ids[:, self.prompt_width :].tolist()):
-            if row not in self.lengths and self.ending.completes_stop_string(response):
-                self.lengths[row] = len(response)
+        length = input_ids.shape[1] - self.prompt_width
+        for row, tail in enumerate(input_ids[:, -min(length, self.ending.window) :].tolist()):
+            if row not in self.lengths and self.ending.completes_stop_string(tail, length):
+                self.lengths[row] = length
         ended = [row in self.lengths for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
 

@@ -86,7 +86,7 @@ REFUSED = {
     "max_requests_per_batch": "set the generation's batch size instead",
     "eos_token_id": "set stop_token_ids, which are added to the EOS ids of model and tokenizer",
     "pad_token_id": "it is the tokenizer's, and never looked at",
-    "num_return_sequences": "how many responses a prompt gets is not the backend's to decide",
+    "num_return_sequences": "set responses_per_prompt, or num_return of generate",
     "seed": "random numbers follow from the setting seed of the trainer",
     "max_time": "where a response ends would depend on the machine's speed",
     "remove_invalid_values": "logits that are NaN must end the run, not be hidden",

@@ -116,15 +116,42 @@ class InverseTransformSampling(LogitsProcessor):
         return only(draw(scores, self.uniforms[:, self.step - 1]), scores)
 
 
-def logits_processors(settings: GenerationSettings, uniforms: Tensor) -> LogitsProcessorList:
+class RepetitionPenalty(LogitsProcessor):
+    """Makes tokens less likely that a row has already (Keskar et al. 2019, arXiv 1909.05858).
+
+    transformers' own, up to 5.17, counts the padding before a prompt, too, so that what a response
+    is would depend on its neighbours' lengths, and EOS would be penalised where it pads.
+
+    Args:
+        penalty: Divides positive logits, multiplies negative ones.
+        prompt_mask: bool [B, P], False on padding.
+    """
+
+    def __init__(self, penalty: float, prompt_mask: Tensor) -> None:
+        self.penalty = penalty
+        self.prompt_mask = prompt_mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        new = input_ids.shape[1] - self.prompt_mask.shape[1]
+        counts = torch.nn.functional.pad(self.prompt_mask, (0, new), value=True).to(scores.dtype)
+        seen = torch.zeros_like(scores).scatter_reduce_(1, input_ids, counts, "amax") > 0
+        penalised = torch.where(scores > 0, scores / self.penalty, scores * self.penalty)
+        return torch.where(seen, penalised, scores)
+
+
+def logits_processors(
+    settings: GenerationSettings, uniforms: Tensor, prompt_mask: Tensor
+) -> LogitsProcessorList:
     """What turns logits into the choice of a token; the likeliest is left to transformers.
 
     Args:
         settings: How to sample.
         uniforms: See ``InverseTransformSampling``.
+        prompt_mask: bool [B, P] of the batch.
     """
-    if settings.greedy:
-        return LogitsProcessorList([RequireFinite()])
-    return LogitsProcessorList(
-        [RequireFinite(), *shaping(settings), InverseTransformSampling(uniforms)]
-    )
+    processors = LogitsProcessorList([RequireFinite()])
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenalty(settings.repetition_penalty, prompt_mask))
+    if not settings.greedy:
+        processors += [*shaping(settings), InverseTransformSampling(uniforms)]
+    return processors
