@@ -20,7 +20,7 @@ def run_for_person(action: Callable[[], Any], *, program: str, debug: bool = Fal
     two more that RLHF_KERNELS_BACKEND names a backend that cannot do the work.
     Anything else is a defect of this program and keeps its traceback, as all do with ``debug``.
     """
-    from rlhf.engine import Interrupted, NonFiniteError
+    from rlhf.engine import Interrupted, NonFiniteError, World
     from rlhf.ppo import RewardError
     from rlhf_kernels import BackendUnavailableError, UnsupportedOperationError
 
@@ -28,7 +28,8 @@ def run_for_person(action: Callable[[], Any], *, program: str, debug: bool = Fal
     try:
         action()
     except Interrupted as stop:
-        print(f"{program}: {stop}", file=sys.stderr)
+        if World().is_main:  # once, and not from every rank
+            print(f"{program}: {stop}", file=sys.stderr)
         return SIGNAL_EXIT + stop.signal_number
     except KeyboardInterrupt:
         print(f"{program}: stopped by the keyboard", file=sys.stderr)

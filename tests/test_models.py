@@ -41,6 +41,7 @@ from rlhf.models import (
     score_head,
     token_scores,
 )
+from rlhf.models.trunk import attends_packed, packed_hidden_states
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -328,3 +329,30 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path: Path) -> None:
         for model in (tmp_path, classifier):
             with pytest.raises(ModelError, match="classifier with 3 labels"):
                 load(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_packed_one_behind_the_other_give_the_same(side: str) -> None:
+    """What flash attention is given; other attention understands it too, only slower."""
+    model = tiny_llama().eval()
+    ids = torch.randint(4, 100, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
+    mask = mask.flip(1) if side == "left" else mask
+    padded = hidden_states(model, ids, mask)
+    padded[mask].sum().backward()
+    expected = [p.grad.clone() for p in model.model.parameters()]
+    model.zero_grad()
+    packed = packed_hidden_states(model.model, ids, mask, position_ids_from_mask(mask))
+    torch.testing.assert_close(packed[mask], padded[mask], rtol=1e-5, atol=1e-5)
+    assert not packed[~mask].any()
+    packed.sum().backward()
+    for a, b in zip([p.grad for p in model.model.parameters()], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_only_flash_attention_is_given_packed_rows() -> None:
+    model = tiny_llama()
+    assert not attends_packed(model)
+    for name in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
+        model.config._attn_implementation_internal = name
+        assert attends_packed(model)

@@ -41,13 +41,39 @@ def hidden_states(
         position_ids: int64 [B, L]; from the mask if not given.
     """
     trunk = model.get_decoder()
-    inputs: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(trunk.forward).parameters:
-        # Models without the parameter (ALiBi) read positions off the attention mask.
-        inputs["position_ids"] = (
-            position_ids_from_mask(attention_mask) if position_ids is None else position_ids
-        )
-    return trunk(input_ids=input_ids, **inputs).last_hidden_state
+    takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+    if position_ids is None:
+        position_ids = position_ids_from_mask(attention_mask)
+    if takes_positions and attends_packed(model):
+        return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
+    # Models without the parameter (ALiBi) read positions off the attention mask.
+    positions = {"position_ids": position_ids} if takes_positions else {}
+    output = trunk(
+        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **positions
+    )
+    return output.last_hidden_state
+
+
+def attends_packed(model: Any) -> bool:
+    """Whether the model's attention takes sequences one behind the other, without padding."""
+    return "flash" in (getattr(model.config.get_text_config(), "_attn_implementation", "") or "")
+
+
+def packed_hidden_states(
+    trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+) -> Tensor:
+    """As ``hidden_states``, from real tokens alone: rows stand one behind the other in one row.
+
+    transformers tells them apart by positions that begin anew. Padding has hidden states of 0.
+    """
+    output = trunk(
+        input_ids=input_ids[attention_mask][None],
+        position_ids=position_ids[attention_mask][None],
+        attention_mask=None,
+        use_cache=False,
+    ).last_hidden_state[0]
+    hidden = output.new_zeros(*input_ids.shape, output.shape[-1])
+    return hidden.masked_scatter(attention_mask[..., None], output)
 
 
 def lm_head(model: Any) -> tuple[Tensor, Tensor | None]:

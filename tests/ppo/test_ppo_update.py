@@ -20,16 +20,17 @@ from rlhf.ppo.update import accumulate, loss_normalizer, minibatches, run_epochs
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
-def gradients(trainer: PPOTrainer, experience: Experience, micro_batch_size: int) -> list[Tensor]:
+def gradients(
+    trainer: PPOTrainer, experience: Experience, micro_batch_size: int, tokens: int | None = None
+) -> list[Tensor]:
     """The gradients of one step on the whole experience, of policy and critic."""
     config = dataclasses.replace(trainer.config, micro_batch_size=micro_batch_size)
     engines = list(trainer.models.trained.values())
     lengths = experience.lengths()
     normalizer = loss_normalizer(experience, config.aggregation)
     stats = UpdateStats(trainer.device)
-    for part in micro_batches(
-        range(len(experience)), [sum(both) for both in lengths], size=micro_batch_size
-    ):
+    totals = [sum(both) for both in lengths]
+    for part in micro_batches(range(len(experience)), totals, size=micro_batch_size, tokens=tokens):
         accumulate(experience.micro_batch(part, lengths), trainer.models, config, normalizer, stats)
     found = [p.grad.clone() for engine in engines for p in engine.parameters]
     for engine in engines:
@@ -80,6 +81,10 @@ def test_micro_batches_and_padding_do_not_change_gradients(
     assert all(g.abs().max() > 0 for g in expected[:1])
     for size in (1, 2, 4):
         assert_close_to_rounding(gradients(trainer, experience, size), expected)
+    for budget in (1, 20, 45):
+        assert_close_to_rounding(gradients(trainer, experience, 8, budget), expected)
+    backwards = experience.select(list(range(len(experience)))[::-1])
+    assert_close_to_rounding(gradients(trainer, backwards, 3), expected)
     padded = pad(experience, 3, 4)
     trainer.estimate_advantages(padded)
     assert_close_to_rounding(gradients(trainer, padded, 2), expected)
@@ -88,7 +93,7 @@ def test_micro_batches_and_padding_do_not_change_gradients(
 def test_micro_batches_and_padding_do_not_change_the_next_policy(make_trainer: Any) -> None:
     first = make_trainer(micro_batch_size=1)
     experience = first.rollout(first.rows + first.rows[:2])
-    second = make_trainer(micro_batch_size=8)
+    second = make_trainer(micro_batch_size=8, micro_batch_tokens=40)
     first.update(experience)
     second.update(pad(experience, 2, 3))
     # Adam divides by the gradient's size plus 1e-5: rounding moves a weight by a small share of
