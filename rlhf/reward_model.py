@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlhf.data import ChatFormat, Message, Text, pad_right
-from rlhf.engine import NonFiniteError, check_number, save_model
+from rlhf.engine import Frozen, NonFiniteError, TrainingConfig, check_number, save_model
 from rlhf.engine.batching import chunks
 from rlhf.models import (
     context_length,
@@ -48,6 +48,7 @@ class RewardModel:
         self.tokenizer = load_tokenizer(tokenizer, model)
         self.chat_format = ChatFormat(self.tokenizer, template)
         self.template = template
+        self._frozen: Frozen | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RewardModel:
@@ -71,6 +72,17 @@ class RewardModel:
         """
         self.model.config.reward_template = self.template
         save_model(self.model, self.tokenizer, folder, weights)
+
+    def shard(self, config: TrainingConfig) -> None:
+        """Split the weights over the ranks, as ``config.parallel`` says, for a model that is only
+        read. From then on every rank must score equally many responses at a time.
+        """
+        self._frozen = Frozen(self.model, config, exact=True)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ``shard`` was called."""
+        return self._frozen is not None
 
     def score(
         self,
@@ -154,7 +166,8 @@ class RewardModel:
         self.model.eval()
         # Which id pads does not matter: the mask hides it, and EOS exists in every tokenizer.
         ids, mask = pad_right(sequences, self.tokenizer.eos_token_id)
-        device = self.model.device
-        scores = last_token_scores(self.model, ids.to(device), mask.to(device))
+        device = next(self.model.parameters()).device
+        read = lambda model: last_token_scores(model, ids.to(device), mask.to(device))  # noqa: E731
+        scores = read(self.model) if self._frozen is None else self._frozen.run(read)
         self.model.train(was_training)
         return scores.tolist()

@@ -9,7 +9,16 @@ from typing import Any
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import make_policy
 
-from rlhf import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlhf import (
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardModel,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlhf.models import scalar_model_from_causal
 
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -54,6 +63,7 @@ def ppo(
     prompts: Any = PROMPTS,
     policy_seed: int = 0,
     policy_options: dict[str, Any] | None = None,
+    scorer: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     options = {
@@ -67,7 +77,13 @@ def ppo(
     }
     config = PPOConfig(output_dir=str(folder), **options)
     policy = make_policy(policy_seed, **(policy_options or {}))
-    return PPOTrainer(config, policy, tiny_tokenizer(), prompts, word_count)
+    return PPOTrainer(config, policy, tiny_tokenizer(), prompts, scorer or word_count)
+
+
+def ppo_with_a_reward_model(folder: Path, **settings: Any) -> PPOTrainer:
+    """9 responses, which two ranks cannot halve; the critic starts as a copy of the reward."""
+    model = RewardModel(scalar_model_from_causal(tiny_llama(3), seed=2), tiny_tokenizer())
+    return ppo(folder, scorer=model, batch_size=9, minibatch_size=3, **settings)
 
 
 # With all that has a state of its own (the KL's weight, the scores' moments) or decides by what all
@@ -86,6 +102,7 @@ TRAININGS: dict[str, Any] = {
     "sft": sft,
     "reward": reward,
     "ppo": ppo,
+    "ppo_reward_model": ppo_with_a_reward_model,
     "ppo_shared": partial(ppo, critic="shared"),
     "ppo_lora": partial(ppo, lora_rank=2, critic_lora_rank=2),
     "ppo_without_critic": partial(ppo, **WITHOUT_CRITIC),

@@ -23,14 +23,15 @@ class Frozen:
     Args:
         model: Moved to this rank's device, set to evaluation mode, without gradients.
         config: Precision and parallelism.
+        exact: Keep the weights in float32 whatever the trained ones have: for scores.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, *, exact: bool = False) -> None:
         device = World.join().device
-        in_bfloat16 = config.weights == "bfloat16"
+        in_bfloat16 = config.weights == "bfloat16" and not exact
         self.model: Any = model.to(device).requires_grad_(False).eval()
         dtype = torch.bfloat16 if in_bfloat16 else resolve_dtype(config.dtype, device)
-        self.module = distribute(self.model, config.parallel, dtype)
+        self.module = distribute(self.model, config.parallel, torch.float32 if exact else dtype)
         if in_bfloat16 and config.parallel in ("auto", "ddp"):
             self.model.bfloat16()
 

@@ -15,6 +15,7 @@ from rlhf.engine.resume import model_fingerprint
 from rlhf.models import check_linear_head, context_length, disable_dropout, load_causal_lm
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.critic import make_critic, make_reference, refuse_critic
+from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.shared_trunk import (
     add_value_head,
     critic_like,
@@ -98,6 +99,9 @@ class PPOModels:
             add_lora(critic, config.critic_lora_rank, config.lora_alpha, seed=config.seed)
         if config.estimator.needs_critic and config.critic == "shared":
             add_value_head(policy)
+        if config.parallel in ("fsdp", "hybrid"):
+            for part in reward_models(reward):
+                part.shard(config)
         steps = config.total_updates * config.steps_per_update
         warmup = config.critic_warmup_updates * config.steps_per_update
         engine = Engine(policy, config, steps - warmup, name="the policy")

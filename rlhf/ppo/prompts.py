@@ -10,8 +10,8 @@ import torch
 
 from rlhf.data import ChatFormat, DataError, load_as, to_prompts
 from rlhf.models import context_length
+from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.seeds import derive_seed
-from rlhf.reward_model import RewardModel
 
 Item = TypeVar("Item")
 PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
@@ -81,15 +81,12 @@ def check_room_for_reward(
     Raises:
         DataError: naming the row of a prompt that leaves too little room.
     """
-    for part, _ in getattr(reward, "rewards", {}).values():
-        check_room_for_reward(rows, part, max_new_tokens=max_new_tokens, source=source)
-    if isinstance(reward, RewardModel):
-        context = context_length(reward.model)
+    for model in reward_models(reward):
         check_room_to_close(
             rows,
-            reward.chat_format,
+            model.chat_format,
             max_new_tokens=max_new_tokens,
-            context=context,
+            context=context_length(model.model),
             source=source,
         )
 

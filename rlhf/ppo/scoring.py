@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data import Text
+from rlhf.reward_model import RewardModel
 
 # (prompts, responses, **columns) -> one number for each response: a list, an array or a tensor, or
 # what is awaited for one.
@@ -74,6 +75,12 @@ def score_in_parts(
             raise RewardError(f"reward {name!r}: {error}") from error
         total += weight * parts[name]
     return total, parts
+
+
+def reward_models(reward: Reward) -> list[RewardModel]:
+    """The reward models among a reward's parts."""
+    parts = [part for part, _ in getattr(reward, "rewards", {"": (reward, 1.0)}).values()]
+    return [part for part in parts if isinstance(part, RewardModel)]
 
 
 def _score(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, World
+from rlhf.engine import Engine, NonFiniteError, World
 from rlhf.engine.batching import share_out
 from rlhf.ppo.generation import Generated, GenerationSettings, Sampler, generate
-from rlhf.ppo.scoring import Reward, score_in_parts
+from rlhf.ppo.scoring import Reward, RewardError, reward_models, score_in_parts
 
 Result = TypeVar("Result")
 
@@ -65,7 +65,10 @@ def shared_scores(
     reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str], world: World
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``score_in_parts`` for a batch: each rank asks the reward for a share."""
-    mine = range(world.rank, len(rows), world.size)
+    mine = list(range(world.rank, len(rows), world.size))
+    if any(model.is_sharded for model in reward_models(reward)):
+        # Each of its forward passes waits for all ranks: a filler where others have one more.
+        mine += mine[:1] * (-(-len(rows) // world.size) - len(mine))
     shares = world.gather(
         together(
             world,
@@ -78,7 +81,8 @@ def shared_scores(
     def interleave(values: Sequence[Tensor]) -> Tensor:
         result = torch.zeros(len(rows))
         for rank, part in enumerate(values):
-            result[rank :: world.size] = part
+            places = result[rank :: world.size]
+            places.copy_(part[: len(places)])
         return result
 
     total = interleave([scores for scores, _ in shares])
@@ -89,7 +93,8 @@ def together(world: World, action: Callable[[], Result]) -> Result:
     """``action()`` on every rank; if it fails on one, all of them raise, and none waits for it.
 
     Raises:
-        Exception: What it raised here; else what it raised on another rank.
+        Exception: What it raised here; else, with a rank where it failed, RewardError,
+            NonFiniteError or RuntimeError.
     """
     if world.size == 1:
         return action()
@@ -98,13 +103,14 @@ def together(world: World, action: Callable[[], Result]) -> Result:
         result = action()
     except Exception as raised:
         error = raised
-    failures = world.gather(None if error is None else (type(error), str(error)))
+    failures = world.gather(None if error is None else (type(error).__name__, str(error)))
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            kind, message = failure
-            raise kind(f"on rank {rank}: {message}")
+            name, message = failure
+            kind = {"RewardError": RewardError, "NonFiniteError": NonFiniteError}.get(name)
+            raise (kind or RuntimeError)(f"{name} on rank {rank}: {message}")
     return result
 
 

@@ -22,13 +22,13 @@ STRATEGIES = ["ddp", "fsdp", "hybrid"]
 TIMES = ("seconds/", "tokens_per_second")
 
 
-def run_on_two_ranks(strategy: str, folder: Path) -> Path:
-    """Run ``train_on_ranks.py`` in two processes; its folder of results."""
+def run_on_two_ranks(script: str, folder: Path, *arguments: str) -> Path:
+    """Run a script beside this one in two processes; its folder of results."""
     folder.mkdir()
     paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*torchrun, str(HERE / "train_on_ranks.py"), strategy, str(folder)],
+        [*torchrun, str(HERE / script), *arguments, str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=600,
@@ -39,7 +39,8 @@ def run_on_two_ranks(strategy: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=STRATEGIES)
 def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks made under one strategy."""
-    return run_on_two_ranks(request.param, tmp_path_factory.mktemp("ranks") / request.param)
+    folder = tmp_path_factory.mktemp("ranks") / request.param
+    return run_on_two_ranks("train_on_ranks.py", folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,13 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(
             assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     for key, value in weights(folder / name).items():
         torch.testing.assert_close(weights(tmp_path / name)[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both_and_loses_nothing(tmp_path: Path) -> None:
+    folder = run_on_two_ranks("fail_on_a_rank.py", tmp_path / "out")
+    assert "the judge is away" in (folder / "rank1").read_text()
+    assert "RewardError on rank 1: the reward raised Conn" in (folder / "rank0").read_text()
+    trainer = TRAININGS["ppo"](folder / "run", save_every=1)
+    trainer.resume(allow=["world_size"])
+    assert trainer.step == 1
+    trainer.train()

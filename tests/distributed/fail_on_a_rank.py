@@ -1,0 +1,32 @@
+"""Run by torchrun: a reward that fails on one rank ends both, with a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_trainings import ppo, word_count
+
+from rlhf.ppo import RewardError
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    trainer = ppo(folder / "run", save_every=1)
+
+    def failing(prompts: list[Any], responses: list[str]) -> list[float]:
+        if trainer.step == 1 and trainer.world.rank == 1:
+            raise ConnectionError("the judge is away")
+        return word_count(prompts, responses)
+
+    trainer.reward = failing
+    try:
+        trainer.train()
+    except RewardError as error:
+        (folder / f"rank{trainer.world.rank}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
