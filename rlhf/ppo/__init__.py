@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.generation import Generated, GenerationSettings, generate
+from rlhf.ppo.generation import Generated, GenerationSettings, Sampler, generate
 from rlhf.ppo.scoring import RewardError
 from rlhf.ppo.trainer import PPOTrainer
 
@@ -17,5 +17,6 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "RewardError",
+    "Sampler",
     "generate",
 ]

@@ -83,7 +83,8 @@ def check_can_run(policy: Any, settings: GenerationSettings, device: torch.devic
     if settings.dtype != "auto" and wanted != policy.dtype:
         raise ValueError(
             f"continuous batching runs in the type of the weights, {policy.dtype}, and dtype is "
-            f"{settings.dtype!r}; {INSTEAD}, or load weights of that type, or set dtype='auto'"
+            f"{settings.dtype!r}; {INSTEAD}, or load weights of that type (a trainer's "
+            "weights='bfloat16'), or set dtype='auto'"
         )
 
 
