@@ -127,7 +127,11 @@ class RewardTrainer(SupervisedTrainer):
             encode_pairs(held_out, config, self.model, chat_format, eval_source) if held_out else []
         )
         self.has_eval = bool(self.eval_pairs)
-        self._start([tokens(pair) for pair in self.train_pairs], train_data, eval_data)
+        train_ids, eval_ids = (
+            [side.input_ids for pair in pairs for side in (pair.chosen, pair.rejected)]
+            for pairs in (self.train_pairs, self.eval_pairs)
+        )
+        self._start([tokens(pair) for pair in self.train_pairs], train_ids, eval_ids)
 
     def _weight(self, index: int) -> int:
         return 1

@@ -92,7 +92,11 @@ class SFTTrainer(SupervisedTrainer):
         eval_source = source_name(train_data if eval_data is None else eval_data)
         self.eval_examples = encode_demonstrations(held_out, chat_format, limit, eval_source)
         self.has_eval = bool(self.eval_examples)
-        self._start([len(e.input_ids) for e in self.train_examples], train_data, eval_data)
+        train_ids, eval_ids = (
+            [e.input_ids for e in examples]
+            for examples in (self.train_examples, self.eval_examples)
+        )
+        self._start([len(ids) for ids in train_ids], train_ids, eval_ids)
 
     def _weight(self, index: int) -> int:
         return trained_tokens(self.train_examples[index])

@@ -37,24 +37,24 @@ def word_count(prompts: list[Any], responses: list[str]) -> list[float]:
     return [0.1 * len(text.split()) for text in responses]
 
 
-def sft(folder: Path, **settings: Any) -> SFTTrainer:
+def sft(folder: Path, *, rows: int = 15, **settings: Any) -> SFTTrainer:
     # 15 rows in steps of 4: the last step of an epoch has 3, which two ranks cannot halve.
-    rows = [{"prompt": f"w{i}", "completion": "w1 w2 w3"[: 2 + 3 * (i % 3)]} for i in range(15)]
+    data = [{"prompt": f"w{i}", "completion": "w1 w2 w3"[: 2 + 3 * (i % 3)]} for i in range(rows)]
     options = {**COMMON, "batch_size": 4, "epochs": 2, "eval_fraction": 0.0, **settings}
     config = SFTConfig(output_dir=str(folder), **options)
     return SFTTrainer(
-        config, tiny_llama(tie_word_embeddings=True), tiny_tokenizer(), rows, rows[:3]
+        config, tiny_llama(tie_word_embeddings=True), tiny_tokenizer(), data, data[:3]
     )
 
 
-def reward(folder: Path, **settings: Any) -> RewardTrainer:
-    rows = [
+def reward(folder: Path, *, rows: int = 15, **settings: Any) -> RewardTrainer:
+    data = [
         {"prompt": f"w{i}", "chosen": f"w2 w{i}", "rejected": "w9 w9 w9"[: 2 + 3 * (i % 3)]}
-        for i in range(15)
+        for i in range(rows)
     ]
     options = {**COMMON, "batch_size": 4, "epochs": 2, "eval_fraction": 0.0, **settings}
     config = RewardConfig(output_dir=str(folder), **options)
-    return RewardTrainer(config, tiny_llama(), tiny_tokenizer(), rows, rows[:3])
+    return RewardTrainer(config, tiny_llama(), tiny_tokenizer(), data, data[:3])
 
 
 def ppo(

@@ -189,6 +189,13 @@ def test_a_changed_setting_is_named_and_refused(
 
 
 def test_changed_data_and_models_are_named_and_refused(tmp_path: Path) -> None:
+    for name in ("sft", "reward"):
+        trainer = TRAININGS[name](tmp_path / name)
+        interrupt_after(trainer, 1)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        with pytest.raises(CheckpointError, match="train_data: '"):
+            TRAININGS[name](tmp_path / name, rows=15 - 1).resume()
     interrupted(tmp_path)
     other = ppo(tmp_path, prompts=["w1", "w2"])
     with pytest.raises(CheckpointError, match="prompts: '"):

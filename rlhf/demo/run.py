@@ -182,6 +182,7 @@ class Demo:
             load_tokenizer(source),
             str(DEMONSTRATIONS),
         )
+        trainer.resume_if_possible()
         metrics = trainer.train()
         self.say(
             f"      held-out loss {metrics['eval_loss_before']:.2f} -> {metrics['eval_loss']:.2f}"
@@ -206,6 +207,7 @@ class Demo:
             PreferenceDataset.load(pairs / TRAIN),
             PreferenceDataset.load(pairs / HELD_OUT),
         )
+        trainer.resume_if_possible()
         metrics = trainer.train()
         low, high = metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]
         self.say(
@@ -222,6 +224,7 @@ class Demo:
             self.prompts,
             RewardModel.from_pretrained(self.folder("reward")),
         )
+        trainer.resume_if_possible()
         return trainer.train()
 
     def evaluate(self, folder: Path) -> dict[str, Any]:

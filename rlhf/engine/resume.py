@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from rlhf.engine.checkpoint import CheckpointError
@@ -120,6 +121,14 @@ def fingerprint(data: Any) -> str:
                 digest.update(json.dumps(entry).encode())
     else:
         digest.update(json.dumps(data, default=str, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def ids_fingerprint(sequences: Iterable[Sequence[int]]) -> str:
+    """A short hash of token ids (or other whole numbers) in sequences."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.asarray([len(sequence), *sequence], dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 

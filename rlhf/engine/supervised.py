@@ -17,7 +17,7 @@ from rlhf.engine.config import TrainingConfig, check_choice, check_config, check
 from rlhf.engine.engine import Engine, discarding_on_error
 from rlhf.engine.randomness import set_seed
 from rlhf.engine.resumable import Resumable
-from rlhf.engine.resume import fingerprint, model_fingerprint
+from rlhf.engine.resume import ids_fingerprint, model_fingerprint
 from rlhf.engine.saving import ensure_writable
 from rlhf.engine.tracking import Trackers
 from rlhf.engine.world import World
@@ -79,13 +79,15 @@ class SupervisedTrainer(Resumable):
         # A rank of its own seed: dropout must not be the same on all.
         set_seed(config.seed + World.join().rank)
 
-    def _start(self, lengths: list[int], train_data: Any, eval_data: Any) -> None:
+    def _start(
+        self, lengths: list[int], train_ids: list[list[int]], eval_ids: list[list[int]]
+    ) -> None:
         """Make the engine, once the data is there: its schedule needs the number of steps.
 
         Args:
             lengths: Tokens of each training example.
-            train_data: As it was given, to notice on a resume that it has changed.
-            eval_data: Likewise.
+            train_ids: All token ids that are trained on, to notice on a resume that they changed.
+            eval_ids: Likewise.
         """
         config = self.config
         self._lengths = lengths
@@ -97,8 +99,8 @@ class SupervisedTrainer(Resumable):
         self._before: dict[str, float] = {}
         self._prepare_to_resume(
             model=made_from,
-            train_data=fingerprint(train_data),
-            eval_data=None if eval_data is None else fingerprint(eval_data),
+            train_data=ids_fingerprint(train_ids),
+            eval_data=ids_fingerprint(eval_ids),
         )
 
     @abstractmethod

@@ -88,7 +88,7 @@ class Experience(Sequences):
     Whoever changes ``scores`` calls ``PPOTrainer.estimate_advantages(experience)`` afterwards.
 
     Attributes:
-        ended: bool [B], whether the response ended with EOS.
+        ended: bool [B], whether the response ended by itself: at an EOS, a stop id or string.
         prompts: The rows ``{"prompt": ..., **columns}``. texts: The responses' texts.
         scores: fp32 [B], what the reward returned.
         logprobs: fp32 [B, T], under the policy that sampled, at the training temperature; 0 where

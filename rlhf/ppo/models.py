@@ -92,6 +92,8 @@ class PPOModels:
         models = {"policy": policy, "critic": critic, "reference": reference}
         given = {name: model for name, model in models.items() if model is not None}
         fingerprints = {name: model_fingerprint(model) for name, model in given.items()}
+        for number, part in enumerate(reward_models(reward), start=1):
+            fingerprints[f"reward model {number}"] = model_fingerprint(part.model)
         lengths = [context_length(model) for model in given.values()]
         if config.lora_rank is not None:
             add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)

@@ -17,7 +17,7 @@ from rlhf.engine import (
     ensure_writable,
     save_config,
 )
-from rlhf.engine.resume import fingerprint
+from rlhf.engine.resume import fingerprint, ids_fingerprint
 from rlhf.models import (
     load_tokenizer,
 )
@@ -125,7 +125,8 @@ class PPOTrainer(Resumable):
         self.models, self.context = models, models.context
 
         self.rows = read_prompts(prompts)
-        self._encode(self.rows, str(prompts) if isinstance(prompts, str | Path) else "prompts")
+        source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
+        prompt_ids = self._encode(self.rows, source)
         self.eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
         self.eval_ids = self._encode(self.eval_rows, "eval_prompts")
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
@@ -136,7 +137,11 @@ class PPOTrainer(Resumable):
         self.updates_done = 0
         self._stopped = False
         self._eval_score: float | None = None
-        self._prepare_to_resume(prompts=fingerprint(self.rows), **models.fingerprints)
+        self._prepare_to_resume(
+            prompts=fingerprint(self.rows),
+            prompt_ids=ids_fingerprint(prompt_ids),
+            **models.fingerprints,
+        )
 
     @property
     def policy(self) -> Any:
