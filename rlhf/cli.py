@@ -220,6 +220,42 @@ def _run_best_of_n(args: Any) -> None:
     print(f"{len(lines)} prompts with all candidates are in {output}")
 
 
+# rlhf plan
+
+
+def _plan_arguments(parser: Any) -> None:
+    from rlhf.plan import SHAPES, Training
+
+    sizes = ", ".join(SHAPES)
+    parser.add_argument("--params", type=str | None, help=f"size of the policy: {sizes}")
+    parser.add_argument("--model", type=str | None, help="instead: a Hugging Face folder or id")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help="GiB that a GPU has")
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
+    parser.add_class_arguments(Training)
+
+
+def _run_plan(args: Any) -> None:
+    from rlhf.plan import GIB, SHAPES, Shape, Training, memory_plan, table
+
+    if (args.params is None) == (args.model is None):
+        raise ValueError("give --params or --model, and not both")
+    if args.model is not None:
+        from rlhf.models.loading import causal_config
+
+        shape = Shape.of(causal_config(args.model))
+    elif args.params.lower() in SHAPES:
+        shape = SHAPES[args.params.lower()]
+    else:
+        raise ValueError(f"params={args.params!r} must be one of {', '.join(SHAPES)}")
+    training = config_from(args, Training)
+    if args.json:
+        plan = memory_plan(shape, training)
+        print(json.dumps({**dataclasses.asdict(plan), "peak": plan.peak}, indent=2))
+    else:
+        print(f"{shape.total / 1e9:.3g} billion parameters\n")
+        print(table(shape, training, args.gpu_memory * GIB))
+
+
 COMMANDS = {
     "sft": Command(
         "fine-tune a model on demonstrations",
@@ -266,6 +302,14 @@ COMMANDS = {
         "--output best.jsonl",
         _best_of_n_arguments,
         _run_best_of_n,
+    ),
+    "plan": Command(
+        "say how much memory PPO will take on each GPU",
+        "Adds up what policy, critic, reference and reward model take on each GPU under every way "
+        "of sharing them, and says what to change first where it does not fit.",
+        "rlhf plan --params 7b --gpus 8\n  rlhf plan --model runs/sft --gpus 2 --gpu_memory 24",
+        _plan_arguments,
+        _run_plan,
     ),
 }
 
