@@ -11,8 +11,17 @@ from typing import Any
 import torch
 
 from rlhf.data import ChatFormat, Message, Text, pad_right
-from rlhf.engine import Frozen, NonFiniteError, TrainingConfig, check_number, save_model
+from rlhf.engine import (
+    Frozen,
+    NonFiniteError,
+    TrainingConfig,
+    check_choice,
+    check_number,
+    resolve_dtype,
+    save_model,
+)
 from rlhf.engine.batching import chunks
+from rlhf.engine.precision import autocast
 from rlhf.models import (
     context_length,
     last_token_scores,
@@ -37,12 +46,18 @@ class RewardModel:
         tokenizer: Its tokenizer, or an id or folder; None: the one that lies with the model, which
             is then an id or folder.
         template: As in ``ChatFormat``; must be the one that the model was trained with.
+        dtype: Precision of the trunk's matrix products: auto, float32 or bfloat16, which keeps two
+            to three digits of a score. The head's are float32 always.
 
     Raises:
         ModelError: The model cannot be loaded or has no trained score, as a causal model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, template: str = "auto") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, template: str = "auto", dtype: str = "float32"
+    ) -> None:
+        check_choice(SimpleNamespace(dtype=dtype), "dtype", ("auto", "float32", "bfloat16"))
+        self.dtype = dtype
         self.model = load_scalar_model(model)
         score_head(self.model)
         self.tokenizer = load_tokenizer(tokenizer, model)
@@ -168,6 +183,7 @@ class RewardModel:
         ids, mask = pad_right(sequences, self.tokenizer.eos_token_id)
         device = next(self.model.parameters()).device
         read = lambda model: last_token_scores(model, ids.to(device), mask.to(device))  # noqa: E731
-        scores = read(self.model) if self._frozen is None else self._frozen.run(read)
+        with autocast(resolve_dtype(self.dtype, device), device):
+            scores = read(self.model) if self._frozen is None else self._frozen.run(read)
         self.model.train(was_training)
         return scores.tolist()

@@ -147,6 +147,17 @@ def test_equal_scores_count_as_half_right(tmp_path: Path) -> None:
     assert metrics["eval_accuracy_low"] < 0.5 < metrics["eval_accuracy_high"]
 
 
+def test_scores_in_bfloat16_are_near_those_in_float32() -> None:
+    exact = model()
+    rough = RewardModel(exact.model, exact.tokenizer, dtype="bfloat16")
+    expected, found = exact.score(PROMPTS, RESPONSES), rough.score(PROMPTS, RESPONSES)
+    assert found != expected
+    # A few roundings to 8 bits in each of two layers, at scores of size 1.
+    assert found == pytest.approx(expected, abs=0.05)
+    with pytest.raises(ValueError, match="dtype='half'"):
+        RewardModel(exact.model, exact.tokenizer, dtype="half")
+
+
 def test_scores_do_not_depend_on_batch_or_order() -> None:
     reward = model()
     expected = reward.score(PROMPTS, RESPONSES, batch_size=1)
