@@ -1,1 +1,1 @@
-"""PPOTrainer beside TRL 1.12.0's, the last that has PPO; see ``benchmarks/ppo_trainer/__main__.py``."""
+"""PPOTrainer beside that of TRL 1.12.0, the last with PPO; ``__main__.py`` has the command."""

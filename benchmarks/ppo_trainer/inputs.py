@@ -32,8 +32,17 @@ def trl_python() -> Path:
         pins = folder / "constraints.txt"  # ours, but for TRL's version
         lines = (ROOT / "constraints.txt").read_text().splitlines()
         pins.write_text("\n".join(line for line in lines if not line.startswith("trl==")) + "\n")
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", pins]
-        # torch by itself and first: left to TRL's requirements it may come as a build of several GB.
+        pip = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-c",
+            str(pins),
+        ]
+        # torch first, pinned: left to TRL's requirements it may come as a build of several GB.
         subprocess.run([*pip, f"torch=={TORCH}"], check=True)
         transformers = importlib.metadata.version("transformers")
         subprocess.run([*pip, f"trl=={TRL}", f"transformers=={transformers}"], check=True)

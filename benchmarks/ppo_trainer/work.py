@@ -1,4 +1,4 @@
-"""The work that both sides do. Needs torch and transformers alone: TRL's environment has no more."""
+"""The work that both sides do. Of torch and transformers alone: TRL's environment has no more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,53 @@ from transformers import LogitsProcessor, LogitsProcessorList
 LEARNING_RATE, ADAM_EPS = 3e-6, 1e-8
 TEMPERATURE, KL_COEF, CLIP_RANGE, VALUE_COEF = 0.7, 0.05, 0.2, 0.1
 PAD, EOS = 0, 2  # SmolLM2's <|endoftext|> and <|im_end|>; TRL takes an EOS that pads for no token
-WORDS = (
-    "the ship left house before sun was up and went along with wind until it rain from town "
-    "over where some people had made long road for water then came back home but they could not "
-    "find any good place near small tree"
-).split()
+WORDS = [
+    "the",
+    "ship",
+    "left",
+    "house",
+    "before",
+    "sun",
+    "was",
+    "up",
+    "and",
+    "went",
+    "along",
+    "with",
+    "wind",
+    "until",
+    "it",
+    "rain",
+    "from",
+    "town",
+    "over",
+    "where",
+    "some",
+    "people",
+    "had",
+    "made",
+    "long",
+    "road",
+    "for",
+    "water",
+    "then",
+    "came",
+    "back",
+    "home",
+    "but",
+    "they",
+    "could",
+    "not",
+    "find",
+    "any",
+    "good",
+    "place",
+    "near",
+    "small",
+    "tree",
+]
+
+Number = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +82,9 @@ class Work:
     """
 
     models: str
-    dtype: str = "float32"
-    weights: str = "float32"
-    critic: str = "separate"
+    dtype: Number = "float32"
+    weights: Number = "float32"
+    critic: Literal["separate", "shared"] = "separate"
     varied: bool = False
     updates: int = 1
     batch: int = 16
