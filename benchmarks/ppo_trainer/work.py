@@ -19,51 +19,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 LEARNING_RATE, ADAM_EPS = 3e-6, 1e-8
 TEMPERATURE, KL_COEF, CLIP_RANGE, VALUE_COEF = 0.7, 0.05, 0.2, 0.1
 PAD, EOS = 0, 2  # SmolLM2's <|endoftext|> and <|im_end|>; TRL takes an EOS that pads for no token
-WORDS = [
-    "the",
-    "ship",
-    "left",
-    "house",
-    "before",
-    "sun",
-    "was",
-    "up",
-    "and",
-    "went",
-    "along",
-    "with",
-    "wind",
-    "until",
-    "it",
-    "rain",
-    "from",
-    "town",
-    "over",
-    "where",
-    "some",
-    "people",
-    "had",
-    "made",
-    "long",
-    "road",
-    "for",
-    "water",
-    "then",
-    "came",
-    "back",
-    "home",
-    "but",
-    "they",
-    "could",
-    "not",
-    "find",
-    "any",
-    "good",
-    "place",
-    "near",
-    "small",
-    "tree",
-]
+WORDS = """
+    the ship left house before sun was up and went along with wind until it rain from town
+    over where some people had made long road for water then came back home but they could not
+    find any good place near small tree
+"""
 
 Number = Literal["float32", "bfloat16"]
 
@@ -116,10 +76,11 @@ class Work:
         One batch more, since accelerate takes an optimizer step for each micro-batch of what it
         believes to be the last batch.
         """
-        generator, texts = torch.Generator().manual_seed(1), []
+        generator, words = torch.Generator().manual_seed(1), WORDS.split()
+        texts: list[str] = []
         for _ in range(self.batch * (self.updates + 2)):
-            picked = torch.randint(len(WORDS), (self.prompt,), generator=generator).tolist()
-            texts.append(" ".join(WORDS[index] for index in picked))
+            picked = torch.randint(len(words), (self.prompt,), generator=generator).tolist()
+            texts.append(" ".join(words[index] for index in picked))
             assert len(tokenizer(texts[-1])["input_ids"]) == self.prompt, texts[-1]
         return texts
 
