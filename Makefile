@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # What makes an installed environment out of date: its requirements and the compiled sources.
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint bench bench-regression clean
+.PHONY: demo test test-slow lint bench bench-ppo bench-regression clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m rlhf.demo --output $(OUTPUT) --seed $(SEED)
@@ -35,6 +35,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.foundation
 	$(BIN)/python -m benchmarks.vocabulary
 	$(BIN)/python -m benchmarks.rollout
+
+# TRL 1.12.0 goes into an environment of its own, under .benchmarks/; about half an hour.
+bench-ppo: $(VENV)/.test
+	$(BIN)/python -m benchmarks.ppo_trainer
 
 bench-regression: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave

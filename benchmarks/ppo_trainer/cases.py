@@ -1,0 +1,131 @@
+"""Which runs are compared, and what is required of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import get_args
+
+from benchmarks.ppo_trainer.inputs import ROOT, trl_python
+from benchmarks.ppo_trainer.work import Number, Report, Work
+from benchmarks.targets import Target
+
+TRL, OURS, FLOOR = "trl", "ours", "floor"
+PROGRAMS = {TRL: "trl_side", OURS: "our_side", FLOOR: "floor"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A side and what it is to do; runs that cases have in common are equal and made once."""
+
+    side: str
+    work: Work
+
+    @property
+    def name(self) -> str:
+        work = self.work
+        weights = f", {work.weights} weights" if work.weights != work.dtype else ""
+        return f"{self.side}, {work.critic} critic{weights if self.side == OURS else ''}"
+
+    def start(self) -> Report:
+        """Do it in a process of its own.
+
+        Raises:
+            RuntimeError: It failed; the message has the end of what it printed.
+        """
+        python = str(trl_python()) if self.side == TRL else sys.executable
+        program = f"benchmarks.ppo_trainer.{PROGRAMS[self.side]}"
+        ended = subprocess.run(
+            [python, "-m", program, json.dumps(asdict(self.work))],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if ended.returncode:
+            raise RuntimeError(f"{self.name} failed:\n{ended.stderr[-3000:]}")
+        report = Report(**json.loads(ended.stdout.splitlines()[-1]))
+        self._check(report)
+        return report
+
+    def _check(self, report: Report) -> None:
+        """The work must be the same on all sides, or its figures mean nothing."""
+        steps = 0 if self.side == FLOOR else self.work.epochs
+        if report.lengths != self.work.lengths or report.optimizer_steps != steps:
+            raise RuntimeError(
+                f"{self.name} did other work than was asked: {report.optimizer_steps} optimizer "
+                f"steps instead of {steps}, or responses of {report.lengths} tokens instead of "
+                f"{self.work.lengths}"
+            )
+
+
+@dataclass(frozen=True)
+class Case:
+    """TRL's run, ours (each judged), and the floor under them.
+
+    faster: How many times as long as ours TRL's update must take. memory: Ours over TRL's peak, at
+    the most; None where nothing is required of it.
+    """
+
+    name: str
+    trl: Run
+    ours: Sequence[Run]
+    floor: Run
+    faster: float
+    memory: float | None = None
+
+    @property
+    def runs(self) -> list[Run]:
+        return [self.trl, *self.ours, self.floor]
+
+    def targets(self, reports: Mapping[Run, list[Report]]) -> list[Target]:
+        found = []
+        for ours in self.ours:
+            what = f"{self.name}: {ours.name}"
+            ratio = seconds_ratio(reports[self.trl], reports[ours])
+            found.append(Target(f"{what}: seconds, TRL / ours", ratio, self.faster))
+            if self.memory is not None:
+                used = peak_mib(reports[ours]) / peak_mib(reports[self.trl])
+                what = f"{what}: memory, ours / TRL"
+                found.append(Target(what, used, self.memory, at_most=True))
+        return found
+
+
+def cases(models: str, updates: int) -> dict[str, Case]:
+    """All of them, by name."""
+    found = {}
+    for dtype in get_args(Number):
+        work = Work(models, dtype=dtype, updates=updates)
+        in_dtype = replace(work, weights=dtype)
+        shared = replace(in_dtype, critic="shared")
+        varied = replace(in_dtype, varied=True)
+        of_ours = [Run(OURS, each) for each in dict.fromkeys([work, in_dtype])]
+        # TRL's and the floor's weights have the dtype, whatever ours have: one run serves all.
+        trl, floor = Run(TRL, in_dtype), Run(FLOOR, in_dtype)
+        for case in (
+            Case(f"separate-{dtype}", trl, of_ours, floor, 1.4, memory=0.7),
+            Case(f"shared-{dtype}", trl, [Run(OURS, shared)], Run(FLOOR, shared), 2.0),
+            Case(f"varied-{dtype}", Run(TRL, varied), [Run(OURS, varied)], Run(FLOOR, varied), 1.8),
+        ):
+            found[case.name] = case
+    return found
+
+
+def median_seconds(reports: Sequence[Report]) -> float:
+    """Of an update, over all turns."""
+    return statistics.median(second for report in reports for second in report.seconds)
+
+
+def seconds_ratio(slow: Sequence[Report], fast: Sequence[Report]) -> float:
+    """How many times longer an update takes, turn by turn, in the median."""
+    pairs = zip(slow, fast)
+    return statistics.median(median_seconds([a]) / median_seconds([b]) for a, b in pairs)
+
+
+def peak_mib(reports: Sequence[Report]) -> float:
+    return statistics.median(report.peak_mib for report in reports)
