@@ -49,7 +49,8 @@ def settings(work: Work, folder: str) -> PPOConfig:
 
 def run(work: Work) -> Report:
     tokenizer = load_tokenizer(work.policy_folder, work.policy_folder)
-    reward = RewardModel(work.reward_folder, tokenizer, template="none")
+    # In the precision that TRL's reward model has.
+    reward = RewardModel(work.reward_folder, tokenizer, template="none", dtype=work.dtype)
     metrics: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
