@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,11 @@ def test_the_critic_is_the_one_that_was_asked_for(make_trainer: Any) -> None:
         found[choice] = token_scores(trainer.critic, ids, torch.ones_like(ids)).detach()
     assert torch.equal(found["auto"], found["reward"])
     assert found["reward"].any() and not found["policy"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor on CPU needs a C++ compiler")
+def test_compiled_layers_give_the_same_figures(make_trainer: Any) -> None:
+    plain, compiled = (make_trainer(torch_compile=choice).train() for choice in (False, True))
+    for name in ("score", "kl", "grad_norm", "critic_grad_norm", "value_loss"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-5), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +89,26 @@ def test_micro_batches_and_padding_do_not_change_gradients(
     padded = pad(experience, 3, 4)
     trainer.estimate_advantages(padded)
     assert_close_to_rounding(gradients(trainer, padded, 2), expected)
+
+
+def test_a_real_models_gradients_do_not_change_either(make_trainer: Any, stories_dir: Path) -> None:
+    trainer = make_trainer(
+        policy=str(stories_dir),
+        tokenizer=str(stories_dir),
+        prompts=["Once upon a time", "Lily", "The big dog was", "One day, a girl"],
+        batch_size=8,
+        max_new_tokens=24,
+    )
+    experience = trainer.rollout(next(trainer.prompts))
+    expected = gradients(trainer, experience, len(experience))
+    assert max(g.abs().max() for g in expected) > 1e-3
+    for size, budget in ((1, None), (3, None), (8, 60)):
+        assert_close_to_rounding(gradients(trainer, experience, size, budget), expected)
+    padded = pad(experience, 3, 4)
+    trainer.estimate_advantages(padded)
+    assert_close_to_rounding(gradients(trainer, padded, 2), expected)
+    stats = run_epochs(experience, trainer.models, trainer.config, seed=0)
+    assert stats.on_device()["first_step/ratio_mean"].item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_micro_batches_and_padding_do_not_change_the_next_policy(make_trainer: Any) -> None:
