@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf.engine.config import TrainingConfig
+from rlhf.engine.cpu_memory import keep_freed_memory
 from rlhf.engine.lora import has_lora, merged_weights
 from rlhf.engine.optimizer import MasterWeights, make_optimizer, trainable_parameters
 from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summing_gradients
@@ -67,6 +68,8 @@ class Engine:
         self.total_steps = total_steps
         self.steps_done = 0
         self.compute_dtype = resolve_dtype(config.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         trainable_parameters(model, name)  # before anything is changed
         self.model = model.to(self.device).train()
         if config.gradient_checkpointing:
@@ -116,7 +119,6 @@ class Engine:
         loss: Tensor,
         *,
         terms: Mapping[str, Tensor] | None = None,
-        beside: Sequence[Engine] = (),
     ) -> None:
         """Add the gradients of a 0-dim loss to those of the micro-batches before it.
 
@@ -125,15 +127,13 @@ class Engine:
 
         Args:
             loss: Divided by the normaliser of the whole step.
-            terms: What it was added up from, by name, for the message if it is NaN or infinite.
-            beside: Engines of other models that the loss trains too; their step is skipped with
-                this one's.
+            terms: What it was added up from, by name, for the message if it is NaN or infinite;
+                and what else must be finite, such as the loss of a model trained beside this one.
         """
         for name, term in {**(terms or {}), "loss": loss}.items():
             bad = ~torch.isfinite(term.detach())
-            for engine in (self, *beside):
-                earlier = engine._bad_terms.get(name)
-                engine._bad_terms[name] = bad if earlier is None else earlier | bad
+            earlier = self._bad_terms.get(name)
+            self._bad_terms[name] = bad if earlier is None else earlier | bad
         # DDP and FSDP take the mean over ranks of what has to be summed.
         (loss * self.world.size if self.world.size > 1 else loss).backward()
 

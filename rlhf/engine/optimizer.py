@@ -77,15 +77,10 @@ class MasterWeights:
 
     @staticmethod
     def _taker(master: nn.Parameter) -> Callable[[Tensor], None]:
-        # One buffer for all steps: new memory costs a CPU more than what is written there.
-        buffer: list[Tensor] = []
-
         def take(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            if not buffer:
-                buffer.append(torch.empty_like(master))
             if master.grad is None:
-                master.grad = buffer[0].copy_(parameter.grad)
+                master.grad = parameter.grad.float()
             else:
                 master.grad.add_(parameter.grad)  # in float32
             parameter.grad = None

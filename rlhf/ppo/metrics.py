@@ -6,7 +6,7 @@ All stay on the device until the update is over, then come to the host in one tr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
@@ -27,6 +27,9 @@ TOKEN_MEANS = {
     "ratio_mean": "ratio_mean",
 }
 LOSSES = ("policy_loss", "value_loss")
+# Whose loss gives them.
+VALUE_FIGURES = frozenset({"value_clip_fraction", "value_loss"})
+POLICY_FIGURES = frozenset({*TOKEN_MEANS, *LOSSES}) - VALUE_FIGURES
 
 
 class Stopwatch:
@@ -67,12 +70,25 @@ class UpdateStats:
         self.steps_taken = 0
         self.early_stopped = False
 
-    def add(self, stats: PPOLossStats, tokens: Tensor) -> None:
-        """Take in one micro-batch with so many valid tokens (0-dim tensor)."""
-        means = torch.stack([getattr(stats, name) for name in TOKEN_MEANS.values()])
-        losses = torch.stack([getattr(stats, name) for name in LOSSES])
-        self.pending += torch.cat([tokens.reshape(1), tokens * means, losses])
-        self.pending_ratio_max = torch.maximum(self.pending_ratio_max, stats.ratio_max)
+    def add(self, stats: PPOLossStats, tokens: Tensor, figures: Set[str]) -> None:
+        """Take in one micro-batch.
+
+        Args:
+            stats: Of its loss.
+            tokens: Its valid tokens, a 0-dim tensor; counted with the policy's figures.
+            figures: Which of the statistics to take, of POLICY_FIGURES and VALUE_FIGURES.
+        """
+
+        def taken(name: str, attribute: str) -> Tensor:
+            value = getattr(stats, attribute)
+            return value if name in figures else torch.zeros_like(value)
+
+        means = torch.stack([taken(*pair) for pair in TOKEN_MEANS.items()])
+        losses = torch.stack([taken(name, name) for name in LOSSES])
+        counted = tokens if figures >= POLICY_FIGURES else torch.zeros_like(tokens)
+        self.pending += torch.cat([counted.reshape(1), tokens * means, losses])
+        if figures >= POLICY_FIGURES:
+            self.pending_ratio_max = torch.maximum(self.pending_ratio_max, stats.ratio_max)
 
     def step_approx_kl(self, world: World) -> float:
         """Mean over the tokens since ``end_step``, of all ranks. Waits for the device."""

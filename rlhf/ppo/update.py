@@ -15,10 +15,10 @@ from rlhf.engine.batching import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.forward import head_inputs, response_values
-from rlhf.ppo.metrics import LOSSES, UpdateStats
+from rlhf.ppo.metrics import LOSSES, POLICY_FIGURES, VALUE_FIGURES, UpdateStats
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.shared_trunk import shares_trunk, values_of
-from rlhf_kernels import PPOLossStats, linear_ppo_loss
+from rlhf_kernels import PPOLossStats, linear_ppo_loss, ppo_loss
 
 
 def run_epochs(
@@ -42,12 +42,18 @@ def run_epochs(
     with discarding_on_error(*engines.values()), saying_how_large(experience.scores):
         for rows in steps:
             normalizer = loss_normalizer(experience.select(rows), config.aggregation)
-            for part, last in my_micro_batches(experience, rows, lengths, config, world):
-                accumulate(part, models, config, normalizer, stats, train_policy, last=last)
-            too_far = config.max_approx_kl is not None and (
-                stats.step_approx_kl(world) > config.max_approx_kl
-            )
-            outcome = {name: engine.step() for name, engine in engines.items()}
+            step = Step(models, config, normalizer, stats, train_policy)
+            outcome = {}
+            for name in step.order:
+                for part, last in my_micro_batches(experience, rows, lengths, config, world):
+                    step.accumulate(name, part, last=last)
+                too_far = (
+                    config.max_approx_kl is not None
+                    and name == "policy"
+                    and (stats.step_approx_kl(world) > config.max_approx_kl)
+                )
+                if name in engines:
+                    outcome[name] = engines[name].step()
             stats.end_step(outcome.get("policy", {}), outcome.get("critic", {}))
             if too_far:
                 break
@@ -98,30 +104,53 @@ def minibatches(count: int, config: PPOConfig, seed: int) -> Iterator[list[int]]
         yield from chunks(order, config.minibatch_size)
 
 
-def accumulate(
-    part: Experience,
-    models: PPOModels,
-    config: PPOConfig,
-    normalizer: Tensor,
-    stats: UpdateStats,
-    train_policy: bool = True,
-    *,
-    last: bool = True,
-) -> None:
-    """Add one micro-batch's gradients, of all models in one backward, and its statistics."""
-    policy, critic = models.policy, models.critic
-    trained = ([policy] if train_policy else []) + ([] if critic is None else [critic])
-    with policy.autocast():
-        own_values = None
-        if critic is not None:
-            own_values = critic.run(partial(response_values, batch=part), last=last)
+class Step:
+    """The gradients of one optimizer step: all micro-batches of one model, then of the other.
 
-        def policy_loss(model: Any) -> tuple[Tensor, PPOLossStats]:
-            with torch.set_grad_enabled(train_policy):
-                hidden, weight, bias, _ = head_inputs(model, part)
-            if not train_policy:
-                weight, bias = weight.detach(), None if bias is None else bias.detach()
-            values = own_values
+    One model's activations and gradients are gone before the other's are made.
+
+    Attributes:
+        order: Names of the models to go through. The policy comes last if it is trained: critics do
+            not read it, and what they find not finite must skip its step.
+    """
+
+    def __init__(
+        self,
+        models: PPOModels,
+        config: PPOConfig,
+        normalizer: Tensor,
+        stats: UpdateStats,
+        train_policy: bool = True,
+    ) -> None:
+        self.models, self.config, self.stats = models, config, stats
+        self.normalizer, self.train_policy = normalizer, train_policy
+        critic = [] if models.critic is None else ["critic"]
+        self.order = [*critic, "policy"] if train_policy else ["policy", *critic]
+        self.terms: dict[str, Tensor] = {}
+
+    def accumulate(self, name: str, part: Experience, *, last: bool = True) -> None:
+        """Add one micro-batch's gradients of a model, and its statistics."""
+        model = self.models.critic if name == "critic" else self.models.policy
+        loss_of = self._value_loss if name == "critic" else self._policy_loss
+        assert model is not None
+        with model.autocast():
+            loss, loss_stats = model.run(partial(loss_of, part=part), last=last)
+        figures = VALUE_FIGURES if name == "critic" else POLICY_FIGURES
+        if shares_trunk(model.model):
+            figures = VALUE_FIGURES | POLICY_FIGURES
+        self.stats.add(loss_stats, part.response_mask.sum(), figures)
+        for loss_name in LOSSES:
+            term = getattr(loss_stats, loss_name)
+            title = loss_name.replace("_", " ")
+            self.terms[title] = self.terms[title] + term if title in self.terms else term
+        if loss.requires_grad:
+            model.backward(loss, terms=self.terms)
+
+    def _policy_loss(self, model: Any, part: Experience) -> tuple[Tensor, PPOLossStats]:
+        config = self.config
+        with torch.set_grad_enabled(self.train_policy):
+            hidden, weight, bias, _ = head_inputs(model, part)
+            values = None
             if shares_trunk(model):
                 values = values_of(model, hidden, part.response_mask)
             return linear_ppo_loss(
@@ -133,18 +162,26 @@ def accumulate(
                 part.response_mask,
                 bias=bias,
                 values=values,
-                old_values=part.values,
-                returns=part.returns,
+                old_values=None if values is None else part.values,
+                returns=None if values is None else part.returns,
                 ref_logprobs=part.ref_logprobs if config.kl_placement == "loss" else None,
                 temperature=config.temperature,
                 config=config.loss_config(part.kl_coef),
-                normalizer=normalizer,
+                normalizer=self.normalizer,
             )
 
-        loss, loss_stats = policy.run(policy_loss, last=last)
-    stats.add(loss_stats, part.response_mask.sum())
-    terms = {name.replace("_", " "): getattr(loss_stats, name) for name in LOSSES}
-    trained[0].backward(loss, terms=terms, beside=trained[1:])
+    def _value_loss(self, critic: Any, part: Experience) -> tuple[Tensor, PPOLossStats]:
+        return ppo_loss(
+            part.logprobs,  # a ratio of 1: the policy's loss is constant, but NaN if they are
+            part.logprobs,
+            part.advantages,
+            part.response_mask,
+            values=response_values(critic, part),
+            old_values=part.values,
+            returns=part.returns,
+            config=self.config.loss_config(part.kl_coef),
+            normalizer=self.normalizer,
+        )
 
 
 def loss_normalizer(minibatch: Experience, aggregation: str) -> Tensor:

@@ -15,7 +15,7 @@ from rlhf.ppo import PPOConfig
 from rlhf.ppo.forward import response_logprobs
 from rlhf.ppo.kl_control import KLController
 from rlhf.ppo.metrics import UpdateStats
-from rlhf.ppo.update import accumulate
+from rlhf.ppo.update import Step
 
 
 def test_a_fixed_coefficient_stays() -> None:
@@ -96,7 +96,7 @@ def test_the_penalty_in_the_loss_has_the_estimates_gradient(
     torch.testing.assert_close(made.rewards.sum(1), made.scores)  # no penalty there
     assert not made.advantages.any()
     stats = UpdateStats(engine.device)
-    accumulate(made, trainer.models, trainer.config, mask.sum().float(), stats)
+    Step(trainer.models, trainer.config, mask.sum().float(), stats).accumulate("policy", made)
     found = [p.grad.clone() for p in engine.parameters]
     engine.discard()
 

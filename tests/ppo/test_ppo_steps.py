@@ -9,7 +9,7 @@ import torch
 
 from rlhf.engine import World
 from rlhf.ppo import PPOConfig
-from rlhf.ppo.metrics import UpdateStats
+from rlhf.ppo.metrics import POLICY_FIGURES, VALUE_FIGURES, UpdateStats
 from rlhf_kernels import PPOLossStats
 
 
@@ -54,7 +54,9 @@ def test_the_figure_is_the_mean_over_one_steps_tokens() -> None:
     steps = [[(3, 0.5)], [(1, 0.1), (4, 0.2), (5, 0.05)]]  # (tokens, KL) of each micro-batch
     for micro_batches in steps:
         for tokens, kl in micro_batches:
-            stats.add(nothing._replace(approx_kl_k3=torch.tensor(kl)), torch.tensor(tokens))
+            found_there = nothing._replace(approx_kl_k3=torch.tensor(kl))
+            stats.add(found_there, torch.tensor(tokens), POLICY_FIGURES)
+            stats.add(nothing, torch.tensor(tokens), VALUE_FIGURES)  # counts no token twice
         found = stats.step_approx_kl(World())
         total = sum(tokens for tokens, _ in micro_batches)
         mean = sum(tokens * kl for tokens, kl in micro_batches) / total

@@ -16,7 +16,7 @@ from rlhf.engine import micro_batches
 from rlhf.models import token_scores
 from rlhf.ppo import Experience, PPOTrainer
 from rlhf.ppo.metrics import UpdateStats
-from rlhf.ppo.update import accumulate, loss_normalizer, minibatches, run_epochs
+from rlhf.ppo.update import Step, loss_normalizer, minibatches, run_epochs
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
@@ -29,10 +29,11 @@ def gradients(
     engines = list(trainer.models.trained.values())
     lengths = experience.lengths()
     normalizer = loss_normalizer(experience, config.aggregation)
-    stats = UpdateStats(trainer.device)
+    step = Step(trainer.models, config, normalizer, UpdateStats(trainer.device))
     totals = [sum(both) for both in lengths]
     for part in micro_batches(range(len(experience)), totals, size=micro_batch_size, tokens=tokens):
-        accumulate(experience.micro_batch(part, lengths), trainer.models, config, normalizer, stats)
+        for name in step.order:
+            step.accumulate(name, experience.micro_batch(part, lengths))
     found = [p.grad.clone() for engine in engines for p in engine.parameters]
     for engine in engines:
         engine.optimizer.zero_grad()
