@@ -229,7 +229,7 @@ def deferred_head(model: nn.Module) -> Iterator[None]:
             return F.linear(hidden, head.weight, head.bias)
         return DeferredLogits(hidden, head.weight, head.bias)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ class _KeepsLogprobs:
 
     def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...], **_: Any) -> Tensor:
         chosen = token_logprobs(scores[-1], input_ids[:, -1], ignore_index=NEVER)
-        scores[-1].set_(chosen[:, None])
+        scores[-1].data = chosen[:, None]
         return torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
 
 
