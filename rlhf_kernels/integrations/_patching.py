@@ -38,14 +38,12 @@ class Peer:
 
     distribution: its name on PyPI. package: its name in Python.
     since, before: the versions known to fit, the first one and the first one beyond.
-    registries: (module, name) of its dicts that hold functions.
     """
 
     distribution: str
     package: str
     since: str
     before: str
-    registries: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,14 @@ class Replacement:
     sample: calls the function it is given on a few numbers and returns what came out, gradients
         too; empty where the peer's own cannot run on this machine. Its random numbers have a
         generator of their own.
+    registered: (name, key) of the module's dict that offers the function under a key.
     tolerance: how far outputs may be apart, relative to 1 + their size.
     """
 
     module: str
     ours: FunctionType
     sample: Callable[[Function], Sequence[Tensor]]
+    registered: tuple[str, str] | None = None
     tolerance: float = 1e-5
 
     @property
@@ -97,11 +97,16 @@ class Patch:
             raise PatchError(f"{self.peer.package} is patched already; unpatch it first")
         self._check_version()
         theirs = [self._theirs_checked(replacement) for replacement in self.replacements]
-        self._check_registries(theirs)
+        for replacement, function in zip(self.replacements, theirs):
+            self._check_registered(replacement, function)
         for replacement, function in zip(self.replacements, theirs):
             _compare(replacement, function)
-        places = self._swap(dict(zip(theirs, self._ours)))
         self._theirs = theirs
+        try:
+            places = self._swap(dict(zip(theirs, self._ours)))
+        except BaseException:
+            self.unpatch()
+            raise
         for place in places:
             logger.info("%s now runs on rlhf_kernels", place)
         return places
@@ -155,6 +160,8 @@ class Patch:
         function = vars(module).get(replacement.name)
         if function is None:
             raise PatchError(f"{replacement.module} has no function {replacement.name}")
+        if function is replacement.ours:
+            raise PatchError(f"{replacement.path} is ours already")
         expected, found = _parameters(replacement.ours), _parameters(function)
         if found != expected:
             raise PatchError(
@@ -163,24 +170,20 @@ class Patch:
             )
         return function
 
-    def _check_registries(self, theirs: Sequence[Function]) -> None:
-        """Entries under a name that the peer gave one of the functions still hold it."""
-        names = {function.__name__: function for function in theirs}
-        for path, registry in self._registries():
-            for key, entry in registry.items():
-                own = names.get(getattr(entry, "__name__", ""))
-                if own is not None and entry is not own:
-                    raise PatchError(
-                        f"{path}[{key!r}] holds a {own.__name__} of {entry.__module__}, "
-                        f"not that of {own.__module__}"
-                    )
+    def _check_registered(self, replacement: Replacement, function: Function) -> None:
+        if replacement.registered is None:
+            return
+        name, key = replacement.registered
+        entry = _registry(replacement.module, name).get(key)
+        if entry is not function:
+            raise PatchError(
+                f"{replacement.module}.{name}[{key!r}] holds {entry!r}; expected {replacement.path}"
+            )
 
     def _registries(self) -> Iterator[tuple[str, dict[Any, Any]]]:
-        for module, name in self.peer.registries:
-            registry = vars(_imported(module)).get(name)
-            if not isinstance(registry, dict):
-                raise PatchError(f"{module} has no registry {name}")
-            yield f"{module}.{name}", registry
+        named = {(each.module, each.registered[0]) for each in self.replacements if each.registered}
+        for module, name in sorted(named):
+            yield f"{module}.{name}", _registry(module, name)
 
     def _swap(self, to: dict[Function, Function]) -> list[str]:
         """Exchange functions in the peer's imported modules and registries; say where."""
@@ -212,6 +215,13 @@ def _imported(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise PatchError(f"{module} cannot be imported: {error}") from error
+
+
+def _registry(module: str, name: str) -> dict[Any, Any]:
+    registry = vars(_imported(module)).get(name)
+    if not isinstance(registry, dict):
+        raise PatchError(f"{module} has no registry {name}")
+    return registry
 
 
 def _release(version: str) -> tuple[int, ...]:
