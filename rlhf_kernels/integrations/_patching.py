@@ -206,7 +206,8 @@ class Patch:
         return [
             (name, module)
             for name, module in sorted(sys.modules.items())
-            if (name == package or name.startswith(f"{package}.")) and isinstance(module, ModuleType)
+            if (name == package or name.startswith(f"{package}."))
+            and isinstance(module, ModuleType)
         ]
 
 
