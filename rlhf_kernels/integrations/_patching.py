@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Replacement:
     """
 
     module: str
-    ours: FunctionType
+    ours: Function
     sample: Callable[[Function], Sequence[Tensor]]
     registered: tuple[str, str] | None = None
     tolerance: float = 1e-5

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import rlhf_kernels
-from rlhf_kernels import PPOLossConfig
+from rlhf_kernels import PPOLossConfig, checks
+from rlhf_kernels.ops.rollout_advantages import rollout_advantages
 from rlhf_kernels.ops.whiten import moments, whiten
+from rlhf_kernels.ppo_types import GAEConfig
 
 _EPS = 1e-8  # added to variances and to counts
 _LOG_RATIO_BOUND = 20.0
@@ -98,10 +101,9 @@ def compute_gae_advantage_return(
     """
     mask = response_mask.bool()
     dtype = _promoted(token_level_rewards, values, response_mask)
-    advantages, _ = rlhf_kernels.gae(token_level_rewards, values, mask, gamma=gamma, lam=lam)
-    total = moments(advantages, mask, None)
+    advantages, total = _gae_and_moments(token_level_rewards, values, mask, gamma, lam)
     # Both in one transfer, since verl's own check makes the host wait as well.
-    count, holes = torch.stack([total[0], _steps_back(mask).to(total.dtype)]).tolist()
+    count, holes = torch.stack([total[0], _rises(mask).to(total.dtype)]).tolist()
     _check_count(int(count))
     if holes:
         advantages = _from_the_next_valid(advantages, mask)
@@ -293,9 +295,37 @@ def _whiten_with_gradient(values: Tensor, mask: Tensor, shift_mean: bool) -> Ten
     return (whitened if shift_mean else whitened + mean).to(values.dtype)
 
 
-def _steps_back(mask: Tensor) -> Tensor:
-    """Whether a valid token follows a masked one in a row [B, T], as a 0-dim bool."""
-    return (mask[:, 1:] & ~mask[:, :-1]).any()
+def _gae_and_moments(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float | Tensor, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantages [B, T], 0 at masked places, and their moments, in one pass.
+
+    The kernel shapes the rewards itself: a KL of the rewards to 0, weighed by -1, and scores of 0.
+    """
+    gamma, lam = float(gamma), float(lam)
+    checks.unit_interval("gamma", gamma)
+    checks.unit_interval("lam", lam)
+    dtype = checks.compute_dtype(rewards, values)
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    scores, reference = rewards.new_zeros(len(rewards)), rewards.new_zeros(()).expand_as(rewards)
+    series = (scores, rewards, reference, values, mask)
+    rates = GAEConfig(gamma, lam, lam, "skip")
+    advantages, _, _, _, total = rollout_advantages(
+        *series, None, None, -1.0, "k1", *rates, None, None
+    )
+    return advantages, total
+
+
+def _rises(mask: Tensor) -> Tensor:
+    """Whether a valid token follows a masked one in a row [B, T]: 0 or 1, 0-dim.
+
+    In bytes and in one dimension, which PyTorch compares and reduces ten times as fast as bools.
+    """
+    flat = mask.contiguous().view(torch.uint8).view(-1)
+    rises = torch.zeros_like(flat)
+    torch.gt(flat[1:], flat[:-1], out=rises[1:])
+    rises[:: mask.shape[1]] = 0  # a row's first place follows none
+    return rises.max()
 
 
 def _from_the_next_valid(x: Tensor, mask: Tensor) -> Tensor:
@@ -320,30 +350,32 @@ def _divisor(
     if mode == "token-sum":
         return "token-mean", 1 / dp_size
     if mode == "token-mean":
-        if batch_num_tokens is None:
-            _check_one_rank(dp_size, "batch_num_tokens")
-            batch_num_tokens = mask.sum()
-        return "token-mean", _there(batch_num_tokens, mask) / dp_size
+        tokens = _count(mask.sum, batch_num_tokens, "batch_num_tokens", mask, dp_size)
+        return "token-mean", tokens / dp_size
     if mode not in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
         raise ValueError(f"loss_agg_mode is {mode!r}, which verl does not have")
-    if global_batch_size is None:
-        _check_one_rank(dp_size, "global_batch_size")
-        global_batch_size = (mask.sum(dim=-1) > 0).sum()
-    global_batch_size = _there(global_batch_size, mask)
+
+    def own() -> Tensor:
+        return (mask.sum(dim=-1) > 0).sum()
+
+    sequences = _count(own, global_batch_size, "global_batch_size", mask, dp_size)
     if mode != "seq-mean-token-sum-norm":
-        return mode, global_batch_size / dp_size
+        return mode, sequences / dp_size
     scale = mask.shape[-1] if loss_scale_factor is None else loss_scale_factor
-    return "seq-mean-token-sum", global_batch_size * scale / dp_size
+    return "seq-mean-token-sum", sequences * scale / dp_size
 
 
-def _there(count: float | Tensor, mask: Tensor) -> float | Tensor:
-    """A count may be a tensor on the CPU beside a mask on a GPU."""
-    return count.to(mask.device) if isinstance(count, Tensor) else count
-
-
-def _check_one_rank(dp_size: int, name: str) -> None:
+def _count(
+    own: Callable[[], Tensor], given: float | Tensor | None, name: str, mask: Tensor, dp_size: int
+) -> float | Tensor:
+    """The whole batch's count where it is given, else the micro-batch's own."""
+    if isinstance(given, Tensor):
+        return given.to(mask.device)  # it may be on the CPU beside a mask on a GPU
+    if given is not None:
+        return given
     if dp_size > 1:
         raise ValueError(f"dp_size is {dp_size}, which needs {name} of the whole batch")
+    return own()
 
 
 def _or_nan(loss: Tensor, divisor: float | Tensor) -> Tensor:
