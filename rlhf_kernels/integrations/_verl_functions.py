@@ -74,7 +74,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     mask = mask.bool()
     if torch.is_grad_enabled() and values.requires_grad:
         return _whiten_with_gradient(values, mask, shift_mean)
-    wide = values.detach().to(_compute_dtype(values))
+    wide = values.detach().to(checks.compute_dtype(values))
     total = moments(wide, mask, None)
     _check_count(int(total[0]))
     return _whiten_everywhere(wide, total, shift_mean).to(values.dtype)
@@ -158,7 +158,7 @@ def compute_policy_loss_vanilla(
     aggregation, divisor = _divisor(response_mask, loss_agg_mode, **config.global_batch_info)
     # Bounded before the kernel, which bounds nothing: an advantage of 0 beside an overflowing ratio
     # is 0, and the metrics see the bounded one.
-    log_ratio = (log_prob - old_log_prob).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    log_ratio = _bounded_log_ratio(log_prob, old_log_prob)
     loss, stats = rlhf_kernels.ppo_loss(
         log_ratio,
         log_ratio.new_zeros(()).expand_as(log_ratio),
@@ -245,10 +245,6 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
 # --- what they share ---
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of PyTorch's arithmetic between them; an integer mask changes none."""
     dtypes = [each.dtype for each in tensors if each is not None and each.is_floating_point()]
@@ -288,7 +284,7 @@ def _whiten_with_gradient(values: Tensor, mask: Tensor, shift_mean: bool) -> Ten
     """The same in PyTorch, since our kernel takes what was sampled as constant."""
     count = mask.sum()
     _check_count(int(count))
-    wide = values.to(_compute_dtype(values))
+    wide = values.to(checks.compute_dtype(values))
     mean = torch.where(mask, wide, 0.0).sum() / count
     variance = torch.where(mask, wide - mean, 0.0).square().sum() / (count - 1)
     whitened = (wide - mean) * torch.rsqrt(variance + _EPS)
@@ -395,11 +391,16 @@ def _clip_ratios(config: Any) -> tuple[float, float, float]:
     return low, high, dual_clip
 
 
+def _bounded_log_ratio(logprob: Tensor, other: Tensor) -> Tensor:
+    wide = checks.compute_dtype(logprob, other)
+    return (logprob.to(wide) - other.to(wide)).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+
+
 def _estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
     if estimator != "k3":
         return rlhf_kernels.kl_penalty(logprob, ref_logprob, estimator=estimator)
     # Bounded first: what overflows has the gradient 0, not 0 · ∞.
-    log_ratio = (logprob - ref_logprob).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+    log_ratio = _bounded_log_ratio(logprob, ref_logprob)
     zeros = log_ratio.new_zeros(()).expand_as(log_ratio)
     k3 = rlhf_kernels.kl_penalty(log_ratio, zeros, estimator="k3")
     return k3.clamp(-_K3_BOUND, _K3_BOUND)
