@@ -1,140 +1,75 @@
-"""TRL 1.12.0's functions for PPO on our kernels: its names, signatures and meanings.
+"""TRL 1.12's PPO on our kernels, and `patched()`, which puts them in its functions' place.
 
-`selective_log_softmax` and `entropy_from_logits` are those of `trl.trainer.utils`, the others those
-of `trl.experimental.ppo.ppo_trainer`. Nothing of TRL is imported before it is patched.
+    from rlhf_kernels.integrations import trl
+
+    with trl.patched() as places:  # or trl.patch() and trl.unpatch()
+        trainer = PPOTrainer(...)
+        trainer.train()
+
+Names, arguments, shapes, dtypes and meaning are those of `trl.trainer.utils`
+(`selective_log_softmax`, `entropy_from_logits`) and of `trl.experimental.ppo.ppo_trainer` (the
+others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE and its loss over
+[B, T] numbers, which are little work. What changes is what they are given:
+
+- `batch_generation` keeps the log-probability of each sampled token instead of scores [B, T, V].
+- `forward` gives logits that are not computed. Their log-probabilities and entropies come from
+  hidden states and the head's weight, a chunk at a time, at the response's positions alone. So it
+  is where the head is a plain `torch.nn.Linear`, in one process or under DDP; adapters' and
+  quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
+  within the model only: do not patch there.
+
+Values and gradients are TRL's up to rounding; bfloat16 and float16 are computed in float32 and
+rounded once. Where they differ on purpose:
+
+- Masks hold zeros and ones. NaN and infinities at masked places reach no mean or variance.
+- Logits of -inf add nothing to an entropy, which is NaN in TRL.
+- TRL's entropy metric, a float32 sum of probabilities times logits, is off by some 6e-5 of its
+  size on SmolLM2; ours by 2e-8.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from rlhf_kernels import statistics
-from rlhf_kernels.checks import as_mask
-from rlhf_kernels.integrations._deferred_logits import NEVER, DeferredLogits
-from rlhf_kernels.integrations._trl_ppo import KeptLogprobs, batch_generation, forward
-from rlhf_kernels.logprobs import token_logprobs
-from rlhf_kernels.ops.whiten import moments
+from rlhf_kernels.integrations import _trl_samples as samples
+from rlhf_kernels.integrations._patching import Patch, PatchError, Peer, Replacement
+from rlhf_kernels.integrations._trl_functions import (
+    entropy_from_logits,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    selective_log_softmax,
+)
+from rlhf_kernels.integrations._trl_ppo import batch_generation, forward
 
 __all__ = [
+    "PatchError",
     "batch_generation",
     "entropy_from_logits",
     "forward",
     "masked_mean",
     "masked_var",
     "masked_whiten",
+    "patch",
+    "patched",
     "selective_log_softmax",
+    "unpatch",
 ]
 
+_UTILS = "trl.trainer.utils"
+_PPO = "trl.experimental.ppo.ppo_trainer"
 
-def selective_log_softmax(logits: Tensor | DeferredLogits | KeptLogprobs, index: Tensor) -> Tensor:
-    """The log-probabilities of chosen classes.
+_PATCH = Patch(
+    Peer("trl", "trl", since="1.12", before="1.13"),
+    [
+        Replacement(_UTILS, selective_log_softmax, samples.logprobs),
+        Replacement(_UTILS, entropy_from_logits, samples.entropy),
+        Replacement(_PPO, masked_mean, samples.mean),
+        Replacement(_PPO, masked_var, samples.variance),
+        Replacement(_PPO, masked_whiten, samples.whitening),
+        Replacement(_PPO, batch_generation, samples.generation),
+        Replacement(_PPO, forward, samples.forward),
+    ],
+)
 
-    Args:
-        logits: [..., V], floating-point; or what `forward` and `batch_generation` of this module
-            give in their place.
-        index: [...], or [..., K] for K classes of each row; integers in [0, V).
-
-    Returns:
-        index's shape, in the logits' dtype, differentiable. Sums are taken in float32 or wider.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or classes that do not fit.
-    """
-    if isinstance(logits, (DeferredLogits, KeptLogprobs)):
-        return logits.token_logprobs(index)
-    if index.dim() < logits.dim():
-        return token_logprobs(logits, index, ignore_index=NEVER).to(logits.dtype)
-    # All K of a row lie as far from their logits as the likeliest class, which is always finite.
-    highest = logits.detach().argmax(dim=-1)
-    logsumexp = logits.gather(-1, highest[..., None])[..., 0] - token_logprobs(logits, highest)
-    return (logits.gather(-1, index) - logsumexp[..., None]).to(logits.dtype)
-
-
-def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """The entropy of each row's softmax, in nats.
-
-    Args:
-        logits: [..., V], floating-point. A logit of -inf adds 0, where TRL's result is NaN.
-        chunk_size: TRL's rows at a time. The kernels need no chunks: it has no effect.
-
-    Returns:
-        [...], in the logits' dtype, differentiable. Sums are taken in float32 or wider.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
-    """
-    first = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    _, entropy = token_logprobs(logits, first, return_entropy=True)
-    return entropy.to(logits.dtype)
-
-
-def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
-    """The mean over valid places; NaN where there are none.
-
-    Args:
-        values: any shape, floating-point. What stands at masked places has no effect, where TRL's
-            NaN and infinities there make the result NaN.
-        mask: its shape, bool or 0 and 1.
-        axis: the dimension to average over; None: all.
-
-    Returns:
-        The means, float32 (float64 for float64 values), differentiable.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
-    """
-    mean = statistics.masked_mean(values, mask, dim=axis)
-    some = as_mask(mask).any() if axis is None else as_mask(mask).any(axis)
-    return torch.where(some, mean, torch.nan)
-
-
-def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """The variance over valid places, with Bessel's correction unless `unbiased` is False.
-
-    Args:
-        values, mask: as for `masked_mean`.
-
-    Returns:
-        The variance, 0-dim, float32 (float64 for float64 values), differentiable: NaN where one
-        place is valid, which has none.
-
-    Raises:
-        ValueError: No place is valid, and the correction is asked for.
-    """
-    return _mean_and_var(values, mask, unbiased)[1]
-
-
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(values - mean) / √(var + 10⁻⁸), with the mean and corrected variance over valid places.
-
-    Args:
-        values, mask: as for `masked_mean`.
-        shift_mean: False adds the mean again.
-
-    Returns:
-        values' shape, float32 (float64 for float64 values), differentiable; masked places are
-        shifted and scaled like the others.
-
-    Raises:
-        ValueError: No place is valid.
-    """
-    mean, var = _mean_and_var(values, mask, unbiased=True)
-    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
-    return whitened if shift_mean else whitened + mean
-
-
-def _mean_and_var(values: Tensor, mask: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    if unbiased and not as_mask(mask).any():
-        raise ValueError(
-            "no place of the mask is valid, so there is no variance; is the mini-batch too small?"
-        )
-    if values.requires_grad and torch.is_grad_enabled():
-        mean = masked_mean(values, mask)
-        var = masked_mean((values - mean).square(), mask)
-        count = as_mask(mask).sum()
-        return mean, var * (count / (count - 1)) if unbiased else var
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    count, mean, squares = moments(wide, as_mask(mask), None).unbind()
-    var = squares / (count - 1 if unbiased else count)
-    return mean.to(wide.dtype), var.to(wide.dtype)
+patch = _PATCH.patch
+unpatch = _PATCH.unpatch
+patched = _PATCH.patched
