@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Logged(TrainerCallback):
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
 
-    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.metrics.append(dict(logs))
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self.metrics.append(dict(kwargs["logs"]))
 
 
 def trainer_of(training: Training, folder: str, callbacks: list[TrainerCallback]) -> PPOTrainer:
@@ -67,9 +67,12 @@ def run(training: Training) -> Trained:
     torch.manual_seed(SEED)
     np.random.seed(SEED)  # TRL shuffles the sequences of each epoch with numpy's
     clock, logged = Clock(), Logged()
+    patch: AbstractContextManager[list[str]] = nullcontext([])
+    if training.patched:
+        patch = adapters.patched()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(training, folder, [clock, logged])
-        with adapters.patched() if training.patched else nullcontext([]) as replaced:
+        with patch as replaced:
             trainer.train()
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:])]
     status = Path("/proc/self/status").read_text().splitlines()

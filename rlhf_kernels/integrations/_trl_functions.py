@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels import statistics
-from rlhf_kernels.checks import as_mask
+from rlhf_kernels import checks, statistics
 from rlhf_kernels.integrations._deferred_logits import NEVER, DeferredLogits
 from rlhf_kernels.integrations._trl_ppo import KeptLogprobs
 from rlhf_kernels.logprobs import token_logprobs
@@ -61,7 +60,7 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor
     Args:
         values: any shape, floating-point. What stands at masked places has no effect, where TRL's
             NaN and infinities there make the result NaN.
-        mask: its shape, bool or 0 and 1.
+        mask: its shape, bool, or zeros and ones of any dtype.
         axis: the dimension to average over; None: all.
 
     Returns:
@@ -70,8 +69,9 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    mean = statistics.masked_mean(values, mask, dim=axis)
-    some = as_mask(mask).any() if axis is None else as_mask(mask).any(axis)
+    valid = _valid(mask)
+    mean = statistics.masked_mean(values, valid, dim=axis)
+    some = valid.any() if axis is None else valid.any(axis)
     return torch.where(some, mean, torch.nan)
 
 
@@ -111,16 +111,23 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def _mean_and_var(values: Tensor, mask: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    if unbiased and not as_mask(mask).any():
+    valid = _valid(mask)
+    if unbiased and not valid.any():
         raise ValueError(
             "no place of the mask is valid, so there is no variance; is the mini-batch too small?"
         )
     if values.requires_grad and torch.is_grad_enabled():
-        mean = masked_mean(values, mask)
-        var = masked_mean((values - mean).square(), mask)
-        count = as_mask(mask).sum()
+        mean = masked_mean(values, valid)
+        var = masked_mean((values - mean).square(), valid)
+        count = valid.sum()
         return mean, var * (count / (count - 1)) if unbiased else var
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    count, mean, squares = moments(wide, as_mask(mask), None).unbind()
+    checks.like("values", wide, mask=valid)
+    count, mean, squares = moments(wide, valid, None).unbind()
     var = squares / (count - 1 if unbiased else count)
     return mean.to(wide.dtype), var.to(wide.dtype)
+
+
+def _valid(mask: Tensor) -> Tensor:
+    """Also of floating-point numbers, by which TRL multiplies."""
+    return mask if mask.dtype == torch.bool else mask != 0
