@@ -1,0 +1,124 @@
+"""What TRL's functions and ours are compared on before one takes the other's place.
+
+A few float32 numbers on the CPU, and a causal model of a few weights. Each gives outputs, and
+gradients where PPO takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.integrations._trl_functions import selective_log_softmax
+
+Function = Callable[..., Any]
+
+_ROWS, _LENGTH, _VOCABULARY, _PAD = 4, 6, 11, 0
+_TEMPERATURE = 0.7
+
+
+def logprobs(function: Function) -> Sequence[Tensor]:
+    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    index = _tokens(_ROWS, _LENGTH)
+    several = torch.stack([index, (index + 1) % _VOCABULARY], dim=-1)
+    return [
+        *_with_gradients(function(logits, index), logits),
+        *_with_gradients(function(logits, several), logits),
+    ]
+
+
+def entropy(function: Function) -> Sequence[Tensor]:
+    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    return _with_gradients(function(logits, chunk_size=5), logits)
+
+
+def mean(function: Function) -> Sequence[Tensor]:
+    x = _normal(_ROWS, _LENGTH).requires_grad_()
+    return [
+        *_with_gradients(function(x, _mask()), x),
+        *_with_gradients(function(x, _mask(), axis=1), x),
+    ]
+
+
+def variance(function: Function) -> Sequence[Tensor]:
+    x = _normal(_ROWS, _LENGTH).requires_grad_()
+    return [*_with_gradients(function(x, _mask()), x), function(x, _mask(), unbiased=False)]
+
+
+def whitening(function: Function) -> Sequence[Tensor]:
+    x = _normal(_ROWS, _LENGTH)
+    return [function(x, _mask()), function(x, _mask(), shift_mean=False)]
+
+
+def forward(function: Function) -> Sequence[Tensor]:
+    """Log-probabilities and entropies, as PPOTrainer reads them, and the head's gradient."""
+    model = _tiny_model()
+    sequences = _tokens(_ROWS, _LENGTH)
+    sequences[0, :2] = _PAD
+    logits = function(model, sequences, _PAD).logits[:, 1:-1]
+    logits = logits / _TEMPERATURE
+    found = selective_log_softmax(logits, sequences[:, 2:])
+    (gradient,) = torch.autograd.grad(found.sum(), model.lm_head.weight)
+    with torch.no_grad():
+        products = torch.nn.functional.softmax(logits, dim=-1) * logits
+        entropies = torch.logsumexp(logits, dim=-1) - torch.sum(products, dim=-1)
+    return [found, gradient, entropies]
+
+
+def generation(function: Function) -> Sequence[Tensor]:
+    """Tokens and log-probabilities of two parts of a batch, under the same random numbers."""
+    from transformers import GenerationConfig
+
+    queries = _tokens(_ROWS, 3)
+    queries[0, 0] = _PAD
+    options = GenerationConfig(
+        max_new_tokens=4, do_sample=True, temperature=_TEMPERATURE, top_k=0, top_p=1.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sequences, scores = function(_tiny_model(), queries, 2, _PAD, options)
+    return [sequences, selective_log_softmax(scores, sequences[:, 3:])]
+
+
+def _tiny_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        pad_token_id=_PAD,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).float().eval()
+
+
+def _tokens(rows: int, length: int) -> Tensor:
+    """Without padding."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(1, _VOCABULARY, (rows, length), generator=generator, device="cpu")
+
+
+def _normal(*shape: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _mask() -> Tensor:
+    rows = [[1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1] * _LENGTH]
+    return torch.tensor(rows, dtype=torch.bool, device="cpu")
+
+
+def _with_gradients(output: Tensor, leaf: Tensor) -> list[Tensor]:
+    """Under an upstream gradient that differs from place to place."""
+    upstream = torch.linspace(0.5, 1.5, output.numel(), device="cpu").view(output.shape)
+    return [output, *torch.autograd.grad(output, leaf, upstream)]

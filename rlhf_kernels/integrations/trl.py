@@ -1,0 +1,75 @@
+"""TRL 1.12's PPO on our kernels, and `patched()`, which puts them in its functions' place.
+
+    from rlhf_kernels.integrations import trl
+
+    with trl.patched() as places:  # or trl.patch() and trl.unpatch()
+        trainer = PPOTrainer(...)
+        trainer.train()
+
+Names, arguments, shapes, dtypes and meaning are those of `trl.trainer.utils`
+(`selective_log_softmax`, `entropy_from_logits`) and of `trl.experimental.ppo.ppo_trainer` (the
+others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE and its loss over
+[B, T] numbers, which are little work. What changes is what they are given:
+
+- `batch_generation` keeps the log-probability of each sampled token instead of scores [B, T, V].
+- `forward` gives logits that are not computed. Their log-probabilities and entropies come from
+  hidden states and the head's weight, a chunk at a time, at the response's positions alone. So it
+  is where the head is a plain `torch.nn.Linear`, in one process or under DDP; adapters' and
+  quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
+  within the model only: do not patch there.
+
+Values and gradients are TRL's up to rounding; bfloat16 and float16 are computed in float32 and
+rounded once. Where they differ on purpose:
+
+- Masks hold zeros and ones. NaN and infinities at masked places reach no mean or variance.
+- Logits of -inf add nothing to an entropy, which is NaN in TRL.
+- TRL's entropy metric, a float32 sum of probabilities times logits, is off by some 6e-5 of its
+  size on SmolLM2; ours by 2e-8.
+"""
+
+from __future__ import annotations
+
+from rlhf_kernels.integrations import _trl_samples as samples
+from rlhf_kernels.integrations._patching import Patch, PatchError, Peer, Replacement
+from rlhf_kernels.integrations._trl_functions import (
+    entropy_from_logits,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    selective_log_softmax,
+)
+from rlhf_kernels.integrations._trl_ppo import batch_generation, forward
+
+__all__ = [
+    "PatchError",
+    "batch_generation",
+    "entropy_from_logits",
+    "forward",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "patch",
+    "patched",
+    "selective_log_softmax",
+    "unpatch",
+]
+
+_UTILS = "trl.trainer.utils"
+_PPO = "trl.experimental.ppo.ppo_trainer"
+
+_PATCH = Patch(
+    Peer("trl", "trl", since="1.12", before="1.13"),
+    [
+        Replacement(_UTILS, selective_log_softmax, samples.logprobs),
+        Replacement(_UTILS, entropy_from_logits, samples.entropy),
+        Replacement(_PPO, masked_mean, samples.mean),
+        Replacement(_PPO, masked_var, samples.variance),
+        Replacement(_PPO, masked_whiten, samples.whitening),
+        Replacement(_PPO, batch_generation, samples.generation),
+        Replacement(_PPO, forward, samples.forward),
+    ],
+)
+
+patch = _PATCH.patch
+unpatch = _PATCH.unpatch
+patched = _PATCH.patched
