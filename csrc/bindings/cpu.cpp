@@ -21,7 +21,7 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::whiten, isa::ppo_loss                                                           \
+        isa::moments, isa::whiten, isa::ppo_loss                                             \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -190,6 +190,12 @@ void rollout(SequencesIn sequences, uintptr_t scores, Input logprobs, Input ref_
   });
 }
 
+void moments(Input x, Input mask, int64_t rows, int64_t columns, uintptr_t total, int threads) {
+  std::vector<double> scratch(size_t(rows * kMoments));
+  active.moments({series(x), mask_in(mask), rows, columns, pointer<double>(total), scratch.data(),
+                  threads});
+}
+
 void whiten(Input x, Input mask, int64_t rows, int64_t columns, double mean, double scale,
             double shift, uintptr_t out, int threads) {
   active.whiten({series(x), mask_in(mask), rows, columns, mean, scale, shift, pointer<float>(out),
@@ -263,6 +269,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("token_logprobs_backward", &token_logprobs_backward, release_gil());
   module.def("gae", &gae, release_gil());
   module.def("rollout", &rollout, release_gil());
+  module.def("moments", &moments, release_gil());
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
 }

@@ -279,6 +279,19 @@ Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   return moments_of(advantages, span.valid);
 }
 
+void store_moments(double* out, const Moments& moments) {
+  out[0] = moments.count, out[1] = moments.mean, out[2] = moments.squares;
+}
+
+// Of all rows together, always in the same order.
+Moments total_of(const double* rows, int64_t count) {
+  Moments total = {};
+  for (const double* own = rows; own != rows + kMoments * count; own += kMoments) {
+    total.add({own[0], own[1], own[2]});
+  }
+  return total;
+}
+
 // Below this many tokens, waiting for a second core may cost more than it saves.
 int threads_for(int64_t tokens, int threads) { return tokens < 32768 ? 1 : threads; }
 
@@ -294,16 +307,22 @@ void rollout(const Rollout& args) {
   const int threads = threads_for(tokens_of(args.gae.sequences), args.gae.threads);
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
   for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
-    const Moments own = rollout_sequence(args, i);
-    double* scratch = args.scratch + kMoments * i;
-    scratch[0] = own.count, scratch[1] = own.mean, scratch[2] = own.squares;
+    store_moments(args.scratch + kMoments * i, rollout_sequence(args, i));
   }
-  Moments total = {};
-  for (int64_t i = 0; i < args.gae.sequences.count; ++i) {
-    const double* own = args.scratch + kMoments * i;
-    total.add({own[0], own[1], own[2]});
+  store_moments(args.moments, total_of(args.scratch, args.gae.sequences.count));
+}
+
+void moments(const MomentsOf& args) {
+  const int threads = threads_for(args.rows * args.columns, args.threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const Span span = span_of(args.mask.data + row * args.mask.row_stride, args.columns);
+    Memory memory(span.whole() ? 0 : span.valid);
+    const float* x = dense_series(args.x.data + row * args.x.row_stride, span, MaskedStep::skip,
+                                  memory.at(0));
+    store_moments(args.scratch + kMoments * row, moments_of(x, span.valid));
   }
-  args.moments[0] = total.count, args.moments[1] = total.mean, args.moments[2] = total.squares;
+  store_moments(args.moments, total_of(args.scratch, args.rows));
 }
 
 void whiten(const Whiten& args) {

@@ -79,6 +79,16 @@ struct Rollout {
   double* scratch;  // [count, kMoments]
 };
 
+// Number, mean and sum of squared deviations of the valid places.
+struct MomentsOf {
+  Series x;
+  Mask mask;
+  int64_t rows, columns;
+  double* moments;  // [kMoments]
+  double* scratch;  // [rows, kMoments]
+  int threads;
+};
+
 // (x - mean)·scale + shift at the valid places, 0 elsewhere.
 struct Whiten {
   Series x;
@@ -124,6 +134,7 @@ struct Kernels {
   void (*token_logprobs_backward)(const TokenLogprobsBackward&);
   void (*gae)(const Gae&);
   void (*rollout)(const Rollout&);
+  void (*moments)(const MomentsOf&);
   void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
 };
@@ -134,6 +145,7 @@ struct Kernels {
   void token_logprobs_backward(const TokenLogprobsBackward& args); \
   void gae(const Gae& args);                                       \
   void rollout(const Rollout& args);                               \
+  void moments(const MomentsOf& args);                             \
   void whiten(const Whiten& args);                                 \
   void ppo_loss(const PpoLoss& args);                              \
   }

@@ -251,7 +251,20 @@ def rollout_forward(
     return advantages, returns, rewards, kl, moments
 
 
-moments = reference.moments  # three sums, as fast in PyTorch
+def moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Number, mean, and sum of squared deviations [3] of the valid places, in float64."""
+    total = empty((3,), torch.float64).zero_()
+    if x.numel() == 0:
+        return total
+    rows, valid = _as_grid(x, mask)
+    _cpu.moments(
+        addresses.series(rows),
+        addresses.series(valid),
+        *rows.shape,
+        total.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return total
 
 
 def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float) -> Tensor:
@@ -260,8 +273,7 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
     out = empty(x.shape, torch.float32)
     if x.numel() == 0:
         return out
-    columns = x.shape[-1] if x.dim() > 0 else 1
-    rows, valid = float_rows(x.reshape(-1, columns)), unit_columns(mask.reshape(-1, columns))
+    rows, valid = _as_grid(x, mask)
     _cpu.whiten(
         addresses.series(rows),
         addresses.series(valid),
@@ -273,6 +285,12 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
         torch.get_num_threads(),
     )
     return out
+
+
+def _as_grid(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [rows, columns], for any shape but an empty one."""
+    columns = x.shape[-1] if x.dim() > 0 else 1
+    return float_rows(x.reshape(-1, columns)), unit_columns(mask.reshape(-1, columns))
 
 
 def ppo_loss_forward(

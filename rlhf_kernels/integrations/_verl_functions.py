@@ -13,9 +13,7 @@ from torch import Tensor
 
 import rlhf_kernels
 from rlhf_kernels import PPOLossConfig, checks
-from rlhf_kernels.ops.rollout_advantages import rollout_advantages
 from rlhf_kernels.ops.whiten import moments, whiten
-from rlhf_kernels.ppo_types import GAEConfig
 
 _EPS = 1e-8  # added to variances and to counts
 _LOG_RATIO_BOUND = 20.0
@@ -101,14 +99,18 @@ def compute_gae_advantage_return(
     """
     mask = response_mask.bool()
     dtype = _promoted(token_level_rewards, values, response_mask)
-    advantages, total = _gae_and_moments(token_level_rewards, values, mask, gamma, lam)
+    wide = checks.compute_dtype(token_level_rewards, values)
+    advantages, returns = rlhf_kernels.gae(
+        *(token_level_rewards.to(wide), values.to(wide), mask), gamma=float(gamma), lam=float(lam)
+    )
+    total = moments(advantages, mask, None)
     # Both in one transfer, since verl's own check makes the host wait as well.
     count, holes = torch.stack([total[0], _rises(mask).to(total.dtype)]).tolist()
     _check_count(int(count))
     if holes:
         advantages = _from_the_next_valid(advantages, mask)
-    returns = (advantages + values).to(dtype)
-    return _whiten_everywhere(advantages, total, True).to(dtype), returns
+    torch.add(advantages, values, out=returns)  # at masked places as well
+    return _whiten_everywhere(advantages, total, True).to(dtype), returns.to(dtype)
 
 
 def agg_loss(
@@ -134,7 +136,9 @@ def agg_loss(
     per_sequence = _masked_sum(loss_mat, loss_mask, -1)
     if aggregation == "seq-mean-token-mean":
         per_sequence = per_sequence / (loss_mask.sum(dim=-1) + _EPS)
-    return per_sequence.sum() / divisor
+    # verl multiplies by a float32 mask of the sequences.
+    wide = torch.promote_types(per_sequence.dtype, torch.float32)
+    return per_sequence.sum(dtype=wide) / divisor
 
 
 def compute_policy_loss_vanilla(
@@ -289,27 +293,6 @@ def _whiten_with_gradient(values: Tensor, mask: Tensor, shift_mean: bool) -> Ten
     variance = torch.where(mask, wide - mean, 0.0).square().sum() / (count - 1)
     whitened = (wide - mean) * torch.rsqrt(variance + _EPS)
     return (whitened if shift_mean else whitened + mean).to(values.dtype)
-
-
-def _gae_and_moments(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float | Tensor, lam: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Advantages [B, T], 0 at masked places, and their moments, in one pass.
-
-    The kernel shapes the rewards itself: a KL of the rewards to 0, weighed by -1, and scores of 0.
-    """
-    gamma, lam = float(gamma), float(lam)
-    checks.unit_interval("gamma", gamma)
-    checks.unit_interval("lam", lam)
-    dtype = checks.compute_dtype(rewards, values)
-    rewards, values = rewards.to(dtype), values.to(dtype)
-    scores, reference = rewards.new_zeros(len(rewards)), rewards.new_zeros(()).expand_as(rewards)
-    series = (scores, rewards, reference, values, mask)
-    rates = GAEConfig(gamma, lam, lam, "skip")
-    advantages, _, _, _, total = rollout_advantages(
-        *series, None, None, -1.0, "k1", *rates, None, None
-    )
-    return advantages, total
 
 
 def _rises(mask: Tensor) -> Tensor:
