@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from small_trainings import ppo, word_count
 
+from rlhf.engine.world import leave
 from rlhf.ppo import RewardError
 
 
@@ -26,6 +27,8 @@ def main(folder: Path) -> None:
         trainer.train()
     except RewardError as error:
         (folder / f"rank{trainer.world.rank}").write_text(str(error))
+    finally:
+        leave()
 
 
 if __name__ == "__main__":
