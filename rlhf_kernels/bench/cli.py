@@ -9,60 +9,67 @@ from pathlib import Path
 
 import torch
 
-from rlhf_kernels.bench import machine, operations, plots, report
+from rlhf_kernels.bench import machine, operations, peers, plots, report
 from rlhf_kernels.bench.operation import Grid
+from rlhf_kernels.bench.peers import PEERS
+from rlhf_kernels.bench.progress import Progress
 from rlhf_kernels.bench.runner import measure, memory_of
+from rlhf_kernels.bench.sizes import SIZES
 from rlhf_kernels.bench.timing import warn_if_busy
 
-# Llama 2, SmolLM2, Llama 3, Qwen 2.5, Gemma 3.
-VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
-GRIDS = {
-    # Few processors multiply bfloat16 faster than float32; the products then hide all else.
-    "cpu": Grid("cpu", 256, 576, VOCABULARIES, ("float32", "bfloat16"), ("float32",)),
-    "cuda": Grid("cuda", 8192, 4096, VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",)),
-}
-_TURNS, _SECONDS_A_CASE = 15, 2.0
+_NONE = "none"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options, run the cases, write what was found after each."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {options.output}: {error.strerror}")
+    options = _options(arguments)
     torch.manual_seed(0)
-    grid = _grid(options)
     about = machine.machine()
     machine.print_machine(about)
     warn_if_busy()
+    no_plots = plots.unavailable_reason()
+    if no_plots is not None:
+        print(f"no plots: {no_plots}")
+    rows = _run(options, about)
+    files = ["bench.csv", "bench.json"]
+    if no_plots is None:
+        files += [path.name for path in plots.write_plots(options.output, rows)]
+    print(f"written to {options.output}: {', '.join(files)}")
+    if no_plots is not None:
+        print(f"no plots: {no_plots}")
+
+
+def _run(options: argparse.Namespace, about: dict[str, object]) -> list[report.Row]:
+    """All cases; the files are written anew after each."""
+    size = SIZES[options.device][options.size]
+    grid = _grid(options, size.grid)
+    chosen = [operations.load(name) for name in dict.fromkeys(options.op)]
+    cases = {operation.name: list(operation.cases(grid)) for operation in chosen}
+    progress = Progress(sum(map(len, cases.values())))
     rows: list[report.Row] = []
-    turns = 3 if options.quick else _TURNS
-    for name in options.operations:
-        operation = operations.load(name)
-        cases = list(operation.cases(grid))
-        used = memory_of(operation, cases)
-        for case in cases:
+    for operation in chosen:
+        own = cases[operation.name]
+        used = memory_of(operation, own, rivals=options.peers, tell=progress.tell)
+        for case in own:
+            progress.next_case()
             result = measure(
-                operation, case, turns=turns, seconds=_SECONDS_A_CASE, used=used.get(case.title)
+                operation,
+                case,
+                turns=size.turns,
+                seconds=size.seconds,
+                used=used.get(case.title),
+                rivals=options.peers,
+                place=progress.place,
+                tell=progress.tell,
             )
             rows += result.rows
             report.write_csv(options.output / "bench.csv", rows)
             report.write_json(options.output / "bench.json", about, rows)
-    try:
-        drawn = plots.write_plots(options.output, rows)
-        print(f"\nwritten to {options.output}: bench.csv, bench.json, {len(drawn)} plots")
-    except ImportError as error:
-        print(f"\nwritten to {options.output}: bench.csv, bench.json; no plots: {error}")
+    print(f"\ndone after {progress.elapsed}")
+    return rows
 
 
-def _grid(options: argparse.Namespace) -> Grid:
-    grid = GRIDS[options.device]
-    if options.quick:
-        grid = replace(grid, rows=64, hidden=64, vocabularies=(32_000,), sequences=((8, 128),))
+def _grid(options: argparse.Namespace, grid: Grid) -> Grid:
     return replace(
         grid,
         rows=options.rows or grid.rows,
@@ -73,10 +80,28 @@ def _grid(options: argparse.Namespace) -> Grid:
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed, and refused where they cannot be met; `peers` holds names of peers alone."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    if options.peers is None:
+        options.peers = list(PEERS)
+    elif _NONE in options.peers:
+        if set(options.peers) != {_NONE}:
+            parser.error(f"--peers: {_NONE} goes with no other name")
+        options.peers = []
+    else:
+        for name in options.peers:
+            why = peers.unavailable_reason(name, options.device)
+            if why is not None:
+                parser.error(f"--peers {name}: {why}")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output}: {error.strerror}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,18 +111,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     names = operations.OPERATIONS
-    add("--operations", nargs="+", choices=names, default=names, metavar="NAME")
-    add("--device", choices=GRIDS, default="cuda" if torch.cuda.is_available() else "cpu")
     add(
-        "--vocabularies",
+        "--op",
         nargs="+",
-        type=_positive,
-        metavar="V",
-        help="default: those of five models",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)}; default: all",
     )
-    add("--rows", type=_positive, metavar="N", help="tokens; default: 256 on a CPU, 8192 on a GPU")
-    add("--hidden", type=_positive, metavar="H", help="default: 576 on a CPU, 4096 on a GPU")
-    add("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE")
-    add("--quick", action="store_true", help="one small vocabulary, three turns")
+    add(
+        "--peers",
+        nargs="+",
+        choices=(*PEERS, _NONE),
+        metavar="NAME",
+        help=f"of {', '.join(PEERS)}, or {_NONE}; default: all that are installed",
+    )
+    add(
+        "--size",
+        choices=SIZES["cpu"],
+        default="default",
+        help="small: a trial; default: two vocabularies; large: those of five models",
+    )
+    add("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    sizes = parser.add_argument_group("in place of what --size says")
+    sizes.add_argument("--vocabularies", nargs="+", type=_positive, metavar="V")
+    sizes.add_argument("--rows", type=_positive, metavar="N", help="tokens")
+    sizes.add_argument("--hidden", type=_positive, metavar="H")
+    sizes.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), metavar="DTYPE"
+    )
     add("--output", type=Path, default=Path("runs/bench"), help="folder; default: runs/bench")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)

@@ -12,7 +12,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ import torch
 
 from rlhf_kernels.bench import operations
 from rlhf_kernels.bench.operation import Case, forget_compiled
+from rlhf_kernels.bench.peers import PEERS
+from rlhf_kernels.bench.progress import Tell, silent
 from rlhf_kernels.bench.timing import Run, Variant, reason
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -86,36 +90,68 @@ def of_the_allocator(variants: Iterable[Variant]) -> dict[str, Memory]:
 
 
 def in_a_fresh_process(
-    cases: Sequence[Case], only: Collection[str] | None = None, seconds_a_case: float = 180
+    cases: Sequence[Case],
+    only: Collection[str] | None = None,
+    seconds_a_case: float = 180,
+    *,
+    rivals: Sequence[str] = PEERS,
+    tell: Tell = silent,
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: by each case's title, the memory of its variants (those in `only`), no floors.
 
-    What could not be measured, here or in time, has no entry.
+    What could not be measured, here or in time, has no entry. rivals: the peers among them.
     """
     if not _CLEAR.exists():
         return {}
-    names = None if only is None else list(only)
-    request = json.dumps({"cases": [asdict(case) for case in cases], "only": names})
-    command = [sys.executable, "-m", "rlhf_kernels.bench.memory", request]
-    environment = {**os.environ, **_ENVIRONMENT}
-    seconds = seconds_a_case * len(cases)
-    try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=seconds
-        )
-        output, why = ended.stdout, _last_line(ended.stderr) if ended.returncode else ""
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        why = f"not done after {seconds:.0f} s"
+    asked = {
+        "cases": [asdict(case) for case in cases],
+        "only": None if only is None else list(only),
+        "rivals": list(rivals),
+    }
+    found: dict[str, dict[str, Memory]] = {}
+
+    def take(line: str) -> None:
+        if line.startswith("{") and line.endswith("}\n"):
+            entry = json.loads(line)
+            used = Memory(entry["peak"], entry["kept"])
+            found.setdefault(entry["case"], {})[entry["variant"]] = used
+            tell(f"memory of {entry['case']}: {entry['variant']}")
+
+    why = _run_process(json.dumps(asked), seconds_a_case * len(cases), take)
+    tell("")
     if why:
         print(f"memory: the measuring process ended early: {why}")
-    found: dict[str, dict[str, Memory]] = {}
-    for line in output.splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            entry = json.loads(line)
-            memory = Memory(entry["peak"], entry["kept"])
-            found.setdefault(entry["case"], {})[entry["variant"]] = memory
     return found
+
+
+def _run_process(request: str, seconds: float, take: Callable[[str], None]) -> str:
+    """Hand on each line that it prints; why it ended early, or nothing."""
+    command = [sys.executable, "-m", "rlhf_kernels.bench.memory", request]
+    environment = {**os.environ, **_ENVIRONMENT}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            for line in process.stdout:
+                take(line)
+            late, failed = not timer.is_alive(), process.wait() != 0
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
+        if late and failed:
+            return f"not done after {seconds:.0f} s"
+        if not failed:
+            return ""
+        errors.seek(0)
+        return _last_line(errors.read())
 
 
 def _last_line(text: str) -> str:
@@ -140,11 +176,11 @@ def _main(request: str) -> None:
     for case in (Case(**fields) for fields in asked["cases"]):
         torch.manual_seed(0)
         forget_compiled()
-        _measure_case(case, asked["only"])
+        _measure_case(case, asked["only"], asked["rivals"])
 
 
-def _measure_case(case: Case, only: list[str] | None) -> None:
-    for variant in operations.load(case.operation).plan(case).variants:
+def _measure_case(case: Case, only: list[str] | None, rivals: list[str]) -> None:
+    for variant in operations.load(case.operation).plan(case, rivals).variants:
         if variant.floor or (only is not None and variant.name not in only):
             continue
         try:

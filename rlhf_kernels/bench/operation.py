@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backends
+from rlhf_kernels.bench.peers import PEERS
 from rlhf_kernels.bench.timing import Run, Variant
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -101,8 +102,8 @@ class Operation(ABC):
         """The sizes in a grid."""
 
     @abstractmethod
-    def plan(self, case: Case) -> Plan:
-        """Make the case's data and the variants that work on it."""
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
+        """Make the case's data and the variants that work on it; rivals: the peers among them."""
 
     @abstractmethod
     def work(self, case: Case) -> Work:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from rlhf_kernels.bench import machine, memory, report
 from rlhf_kernels.bench.memory import Memory
 from rlhf_kernels.bench.operation import Case, Operation, forget_compiled
+from rlhf_kernels.bench.peers import PEERS
+from rlhf_kernels.bench.progress import Tell, silent
 from rlhf_kernels.bench.timing import Comparison, compare, reason
 
 
@@ -27,14 +29,19 @@ class Result:
 
 
 def memory_of(
-    operation: Operation, cases: Sequence[Case], only: Collection[str] | None = None
+    operation: Operation,
+    cases: Sequence[Case],
+    only: Collection[str] | None = None,
+    *,
+    rivals: Sequence[str] = PEERS,
+    tell: Tell = silent,
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: the memory of the cases' variants, by title and name. On CUDA `measure` sees it."""
     fitting = [c for c in cases if c.device == "cpu" and _does_not_fit(operation, c) is None]
     if not fitting:
         return {}
     print(f"\n{operation.name}: memory of {len(fitting)} cases, in a process of their own")
-    return memory.in_a_fresh_process(fitting, only)
+    return memory.in_a_fresh_process(fitting, only, rivals=rivals, tell=tell)
 
 
 def measure(
@@ -46,19 +53,26 @@ def measure(
     seconds: float | None = None,
     only: Collection[str] | None = None,
     used: dict[str, Memory] | None = None,
+    rivals: Sequence[str] = PEERS,
+    place: str = "",
+    tell: Tell = silent,
 ) -> Result:
     """Time a case's variants, print the table; say so where the case does not fit in memory.
 
     only: the variants that take part beside the floors; None: all. used: from `memory_of`.
+    rivals: the peers that take part. place: of the case in a run, for the table's title.
     """
+    title = f"{place} {case.title}".strip()
     why = _does_not_fit(operation, case)
     if why is not None:
-        return _nothing(case, f"skipped: {why}")
+        return _nothing(case, title, f"skipped: {why}")
     forget_compiled()
+    tell(f"{case.operation}, {case.direction}: making the data")
     try:
-        plan = operation.plan(case)
+        plan = operation.plan(case, rivals)
     except Exception as error:  # out of memory, say; the next case may fit
-        return _nothing(case, f"failed: {reason(error)}")
+        tell("")
+        return _nothing(case, title, f"failed: {reason(error)}")
     floors = plan.floors()
     variants = [v for v in plan.variants if v.floor or only is None or v.name in only]
     comparison = compare(
@@ -70,6 +84,7 @@ def measure(
         uncounted_calls=operation.uncounted_calls,
         device=case.device,
         seconds=seconds,
+        tell=lambda what: tell(f"{case.operation}, {case.direction}: {what}"),
     )
     if case.device == "cuda":
         timed = [v for v in variants if v.name in comparison.samples and not v.floor]
@@ -77,7 +92,8 @@ def measure(
     used = used or {}
     absent = {**plan.missing, **comparison.failures}
     rows = report.rows(operation, case, comparison, floors, plan.missing, used)
-    report.print_rows(case.title, rows)
+    tell("")
+    report.print_rows(title, rows)
     del plan, variants
     gc.collect()
     return Result(rows, comparison, floors, used, absent)
@@ -90,7 +106,7 @@ def _does_not_fit(operation: Operation, case: Case) -> str | None:
     return f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
 
 
-def _nothing(case: Case, why: str) -> Result:
+def _nothing(case: Case, title: str, why: str) -> Result:
     row = report.not_run(case, why)
-    report.print_rows(case.title, [row])
+    report.print_rows(title, [row])
     return Result([row], absent={"all": why})

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_kernels.bench.progress import Tell, silent
+
 Run = Callable[[int], object]
 
 _SCRATCH_BYTES = 512 * 2**20
@@ -81,6 +83,7 @@ def compare(
     warmup: int = 2,
     device: str = "cpu",
     seconds: float | None = None,
+    tell: Tell = silent,
 ) -> Comparison:
     """Run the variants in turns. Small work repeats `calls_per_turn` times in each, after
     `uncounted_calls` that are not timed.
@@ -89,15 +92,17 @@ def compare(
     by that number never finds what the call before, its own or another variant's, left in a cache.
     A variant that raises is named in `failures` and takes no further part. After three turns no
     new one begins once `seconds` have passed. warmup: calls before the first turn, at least 1.
+    tell: is told what begins; never within a turn.
     """
     failures: dict[str, str] = {}
-    runs = _warm_up(variants, warmup, device, failures)
+    runs = _warm_up(variants, warmup, device, failures, tell)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     number, start = 0, time.perf_counter()
     for turn in range(turns):
         late = seconds is not None and time.perf_counter() - start > seconds
         if not runs or (late and turn >= 3):
             break
+        tell(f"turn {turn + 1} of at most {turns}")
         names = list(runs)
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
@@ -115,12 +120,13 @@ def compare(
 
 
 def _warm_up(
-    variants: Sequence[Variant], calls: int, device: str, failures: dict[str, str]
+    variants: Sequence[Variant], calls: int, device: str, failures: dict[str, str], tell: Tell
 ) -> dict[str, Run]:
     """What can be run, by name: built, called, and its result compared with the first one's."""
     runs: dict[str, Run] = {}
     expected: torch.Tensor | None = None
-    for variant in variants:
+    for number, variant in enumerate(variants, start=1):
+        tell(f"warm-up {number} of {len(variants)}, {variant.name}")
         try:
             run = variant.build()
             # The first call's: a variant may destroy its data.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import rlhf_kernels as rk
@@ -13,6 +15,7 @@ from rlhf_kernels.bench.operations.sequences import (
     normal,
     padded_on_the_right,
 )
+from rlhf_kernels.bench.peers import PEERS
 
 
 class GAE(SequenceOperation):
@@ -28,12 +31,12 @@ class GAE(SequenceOperation):
     def memory(self, case: Case) -> int:
         return 4 * self.bytes_of(case)
 
-    def plan(self, case: Case) -> Plan:
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
         rewards, values = normal(case), normal(case)
         mask = padded_on_the_right(case)
         plan = Plan()
         self.add_ours(plan, case, lambda name: lambda: rk.gae(rewards, values, mask, backend=name))
-        self.add_peers(plan, case, lambda function: lambda: function(rewards, values, mask))
+        self.add_peers(plan, case, rivals, lambda function: lambda: function(rewards, values, mask))
         plan.add(LOOP, lambda _: formulas.gae(rewards, values, mask, 1.0, 0.95))
         outputs = [torch.zeros_like(rewards) for _ in range(2)]
         self.add_copy(plan, [rewards, values, mask, *outputs])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from rlhf_kernels.bench.operation import (
     gradients,
     ours,
 )
+from rlhf_kernels.bench.peers import PEERS
 from rlhf_kernels.bench.timing import Run, Variant
 from rlhf_kernels.ops.chunks import default_chunk_size
 
@@ -65,7 +66,7 @@ class LinearOperation(Operation):
         layer = (2 * rows + 4 * vocabulary) * hidden * 4
         return layer + (logits if case.device == "cpu" else 0)
 
-    def plan(self, case: Case) -> Plan:
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
         rows, vocabulary, width = (case.sizes[name] for name in "NVH")
         options: dict[str, Any] = {"device": case.device, "dtype": case.torch_dtype}
         weight = torch.randn(vocabulary, width, **options).mul_(3 * width**-0.5)
@@ -89,7 +90,7 @@ class LinearOperation(Operation):
                 add(ours(backend), self.ours(backend))
         add("eager", self.eager())
         add("torch.compile", compiled(self.eager()))
-        offers, missing = peers.offers(self.name, case.device)
+        offers, missing = peers.offers(self.name, case.device, rivals)
         plan.missing.update(missing)
         for offer in offers:
             add(offer.label, self.adapt(offer.function), offer.comparable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.bench import formulas
 from rlhf_kernels.bench.operation import BOTH, Case, Plan, Work, compiled, gradients
 from rlhf_kernels.bench.operations.sequences import SequenceOperation, normal
+from rlhf_kernels.bench.peers import PEERS
 
 
 class PPOLoss(SequenceOperation):
@@ -27,7 +28,7 @@ class PPOLoss(SequenceOperation):
     def memory(self, case: Case) -> int:
         return 6 * self.bytes_of(case)
 
-    def plan(self, case: Case) -> Plan:
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
         old_logprobs, old_values = -normal(case).abs(), normal(case)
         advantages, returns = normal(case), normal(case)
         mask = torch.rand(old_values.shape, device=case.device) > 0.1
@@ -60,7 +61,7 @@ class PPOLoss(SequenceOperation):
             plan.add(name, lambda _: run())
 
         self.add_ours(plan, case, through)
-        self.add_peers(plan, case, plain)
+        self.add_peers(plan, case, rivals, plain)
         add("eager", formulas.ppo_loss)
         add("eager, no statistics", formulas.ppo_loss_only)
         add("torch.compile", compiled(formulas.ppo_loss))

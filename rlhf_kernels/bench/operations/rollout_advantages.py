@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels.bench import formulas
 from rlhf_kernels.bench.operation import Case, Plan, Work
 from rlhf_kernels.bench.operations.sequences import SequenceOperation, normal, padded_on_the_right
+from rlhf_kernels.bench.peers import PEERS
 
 TRL = "TRL 1.12's operations"
 _KL_COEF = 0.05
@@ -26,7 +29,7 @@ class RolloutAdvantages(SequenceOperation):
     def memory(self, case: Case) -> int:
         return 4 * self.bytes_of(case)
 
-    def plan(self, case: Case) -> Plan:
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
         logprobs = -normal(case).abs()
         ref_logprobs = logprobs + 0.1 * normal(case)
         values, mask = normal(case), padded_on_the_right(case)
@@ -38,7 +41,7 @@ class RolloutAdvantages(SequenceOperation):
             case,
             lambda name: lambda: rk.rollout_advantages(*data, kl_coef=_KL_COEF, backend=name),
         )
-        self.add_peers(plan, case, lambda function: lambda: function(*data, _KL_COEF))
+        self.add_peers(plan, case, rivals, lambda function: lambda: function(*data, _KL_COEF))
         plan.add(TRL, lambda _: formulas.rollout_advantages(*data, _KL_COEF))
         outputs = [torch.zeros_like(values) for _ in range(4)]
         self.add_copy(plan, [logprobs, ref_logprobs, values, mask, *outputs])

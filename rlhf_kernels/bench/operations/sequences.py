@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,15 @@ class SequenceOperation(Operation):
             else:
                 plan.missing[ours(backend)] = reason
 
-    def add_peers(self, plan: Plan, case: Case, adapt: Callable[[Any], Callable[[], Any]]) -> None:
+    def add_peers(
+        self,
+        plan: Plan,
+        case: Case,
+        rivals: Sequence[str],
+        adapt: Callable[[Any], Callable[[], Any]],
+    ) -> None:
         """A variant for each peer's function; `adapt` calls it with the case's data."""
-        offers, missing = peers.offers(self.name, case.device)
+        offers, missing = peers.offers(self.name, case.device, rivals)
         plan.missing |= missing
         for offer in offers:
             _add(plan, offer.label, adapt(offer.function), offer.comparable)

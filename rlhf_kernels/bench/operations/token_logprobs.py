@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from rlhf_kernels.bench.operation import (
     gradients,
     ours,
 )
+from rlhf_kernels.bench.peers import PEERS
 from rlhf_kernels.bench.timing import Run, Variant
 
 ENTROPY = ", entropy"  # ends the name of a variant that computes entropies too
@@ -50,7 +51,7 @@ class TokenLogprobs(Operation):
         wide = 6 * 4 * case.sizes["N"] * case.sizes["V"]
         return narrow + (wide if case.device == "cpu" else 0)
 
-    def plan(self, case: Case) -> Plan:
+    def plan(self, case: Case, rivals: Sequence[str] = PEERS) -> Plan:
         data = _Data(case)
         plan = Plan()
         for backend, reason in self.backends(case).items():
@@ -64,7 +65,7 @@ class TokenLogprobs(Operation):
         data.add(plan, "torch.compile", compiled(formulas.token_logprobs))
         both = compiled(formulas.token_logprobs_and_entropy)
         data.add(plan, "torch.compile" + ENTROPY, both)
-        offers, missing = peers.offers(self.name, case.device)
+        offers, missing = peers.offers(self.name, case.device, rivals)
         plan.missing.update(missing)
         for offer in offers:
             data.add(plan, offer.label, offer.function, own=offer.destroys)

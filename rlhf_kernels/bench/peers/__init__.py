@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from rlhf_kernels.bench.timing import reason
@@ -45,32 +46,50 @@ class Offer:
     comparable: bool = True
 
 
-def offers(operation: str, device: str) -> tuple[list[Offer], dict[str, str]]:
-    """What the installed peers offer for an operation, and why the other peers offer nothing."""
+def offers(
+    operation: str, device: str, names: Sequence[str] = PEERS
+) -> tuple[list[Offer], dict[str, str]]:
+    """What these peers offer for an operation, and why some that have it offer nothing here."""
     found: list[Offer] = []
     missing: dict[str, str] = {}
-    for name in PEERS:
-        adapter = importlib.import_module(f"{__name__}.{name}")
+    for name in names:
+        adapter = _adapter(name)
         if operation not in adapter.OPERATIONS:
             continue
-        if device not in adapter.DEVICES:
-            missing[name] = f"runs on {', '.join(sorted(adapter.DEVICES))} alone"
-            continue
-        try:
+        why = unavailable_reason(name, device)
+        if why is None:
             found += adapter.offers().get(operation, [])
-        except Exception as error:  # a broken install raises anything
-            missing[name] = reason(error)
+        else:
+            missing[name] = why
     return found, missing
+
+
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Why a peer cannot take part, with what to install where that is it; None: it can."""
+    adapter = _adapter(name)
+    if device not in adapter.DEVICES:
+        return f"runs on {', '.join(sorted(adapter.DEVICES))} alone"
+    if _version(adapter.DISTRIBUTION) is None:
+        return f"not installed (pip install {adapter.DISTRIBUTION})"
+    try:
+        adapter.offers()
+    except Exception as error:  # a broken install raises anything
+        return reason(error)
+    return None
 
 
 def versions() -> dict[str, str]:
     """The version of each peer, or "not installed"."""
-    found = {}
-    for name in PEERS:
-        distribution = importlib.import_module(f"{__name__}.{name}").DISTRIBUTION
-        try:
-            found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[distribution] = "not installed"
-    found.pop("torch")
-    return found
+    names = (_adapter(name).DISTRIBUTION for name in PEERS)
+    return {name: _version(name) or "not installed" for name in names if name != "torch"}
+
+
+def _adapter(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,35 @@
+"""The named sizes: how much of the grid a run covers, and for how long each case is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlhf_kernels.bench.operation import Grid
+
+
+@dataclass(frozen=True)
+class Size:
+    """turns: of each case, at the most. seconds: after which no new turn of a case begins."""
+
+    grid: Grid
+    turns: int
+    seconds: float
+
+
+def _sizes(large: Grid) -> dict[str, Size]:
+    default = replace(large, vocabularies=(32_000, 128_256))
+    small = replace(large, rows=64, hidden=64, vocabularies=(32_000,), sequences=((8, 128),))
+    return {
+        "small": Size(small, turns=3, seconds=1.0),
+        "default": Size(default, turns=15, seconds=2.0),
+        "large": Size(large, turns=15, seconds=2.0),
+    }
+
+
+# Llama 2, SmolLM2, Llama 3, Qwen 2.5, Gemma 3.
+_VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
+SIZES = {
+    # Few processors multiply bfloat16 faster than float32; the products then hide all else.
+    "cpu": _sizes(Grid("cpu", 256, 576, _VOCABULARIES, ("float32", "bfloat16"), ("float32",))),
+    "cuda": _sizes(Grid("cuda", 8192, 4096, _VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",))),
+}
