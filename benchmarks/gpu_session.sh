@@ -37,7 +37,7 @@ part rollout 120 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/ro
 part cuda 150 "$PYTHON" -m pytest tests/kernels -q -k cuda
 part conformance 270 "$PYTHON" -m pytest tests/kernels -q -k "not cuda"
 grid=$(mktemp -d)
-part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --dtypes bfloat16 --output "$grid"
+part grid 450 "$PYTHON" -m rlhf_kernels.bench --device cuda --size large --dtypes bfloat16 --output "$grid"
 cp "$grid"/bench.csv "$grid"/bench.json "$OUT" 2>/dev/null
 compgen -G "$grid/*.png" >/dev/null && tar -czf "$OUT/plots.tgz" -C "$grid" .
 rm -r "$grid"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from pytest import approx
 
-from rlhf_kernels.bench import cli, memory, operations, plots, report
+from rlhf_kernels.bench import cli, memory, operations, peers, plots, report
 from rlhf_kernels.bench.operation import (
     BOTH,
     FORWARD,
@@ -30,6 +31,7 @@ from rlhf_kernels.bench.operation import (
 )
 from rlhf_kernels.bench.operations.sequences import SequenceOperation
 from rlhf_kernels.bench.operations.token_logprobs import BACKWARD
+from rlhf_kernels.bench.progress import Progress
 from rlhf_kernels.bench.runner import measure
 from rlhf_kernels.bench.timing import Comparison, Variant, compare
 
@@ -296,9 +298,9 @@ def test_memory_of_a_case_is_measured_in_a_fresh_process() -> None:
 def test_the_command_writes_whole_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
-    sizes = ["--vocabularies", "64", "100", "--rows", "8", "--dtypes", "float32", "--quick"]
-    cli.main(["--operations", "token_logprobs", *sizes, "--output", str(tmp_path)])
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda *_, **__: {})
+    sizes = ["--vocabularies", "64", "100", "--rows", "8", "--dtypes", "float32", "--size", "small"]
+    cli.main(["--op", "token_logprobs", *sizes, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "token_logprobs, forward, N=8 V=64, float32, cpu" in printed
     assert "median ms" in printed and "quartiles" in printed
@@ -348,6 +350,61 @@ def test_an_output_that_is_no_folder_is_refused_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(SystemExit):
-            cli.main(["--output", str(output), "--quick"])
+            cli.main(["--output", str(output), "--size", "small"])
         assert f"--output {output}: " in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--op", "gaes"], "choose from"),
+        (["--peers", "tlr"], "choose from"),
+        (["--peers", "none", "trl"], "none goes with no other name"),
+        (["--size", "huge"], "choose from"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_with_those_that_are(arguments, says, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    printed = capsys.readouterr().err
+    assert arguments[0] in printed and says in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--device", "cuda"])
+    assert "--device cuda: PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_peer_asked_for_that_is_not_installed_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "unavailable_reason", lambda name, device: f"no {name} here")
+    with pytest.raises(SystemExit):
+        cli.main(["--peers", "trl"])
+    assert "--peers trl: no trl here" in capsys.readouterr().err
+
+
+def test_without_peers_none_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda *_, **__: {})
+    options = ["--op", "gae", "--peers", "none", "--size", "small", "--output", str(tmp_path)]
+    cli.main(["--device", "cpu", *options])
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        measured = {line["variant"] for line in csv.DictReader(file)}
+    assert "eager" in measured and not measured & set(peers.PEERS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_rewrites_its_line_on_a_terminal_alone():
+    shown, kept = Terminal(), io.StringIO()
+    for stream in (shown, kept):
+        progress = Progress(3, stream)
+        progress.next_case()
+        progress.tell("timing eager")
+        progress.tell("")
+    assert "[1/3, 0:00] timing eager" in shown.getvalue() and shown.getvalue().endswith("\r\033[K")
+    assert kept.getvalue() == ""

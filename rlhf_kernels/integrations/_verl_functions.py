@@ -136,9 +136,7 @@ def agg_loss(
     per_sequence = _masked_sum(loss_mat, loss_mask, -1)
     if aggregation == "seq-mean-token-mean":
         per_sequence = per_sequence / (loss_mask.sum(dim=-1) + _EPS)
-    # verl multiplies by a float32 mask of the sequences.
-    wide = torch.promote_types(per_sequence.dtype, torch.float32)
-    return per_sequence.sum(dtype=wide) / divisor
+    return per_sequence.sum(dtype=_loss_dtype(loss_agg_mode, per_sequence)) / divisor
 
 
 def compute_policy_loss_vanilla(
@@ -176,7 +174,7 @@ def compute_policy_loss_vanilla(
     )
     names = ("clip_fraction", "approx_kl_k1", "dual_clip_fraction")
     clipped, kl, dual_clipped = torch.stack([getattr(stats, name) for name in names]).tolist()
-    dtype = _promoted(log_prob, old_log_prob, advantages, rollout_is_weights)
+    dtype = _loss_dtype(loss_agg_mode, log_prob, old_log_prob, advantages, rollout_is_weights)
     return _or_nan(loss, divisor).to(dtype), {
         "actor/pg_clipfrac": clipped,
         "actor/ppo_kl": kl,
@@ -218,7 +216,7 @@ def compute_value_loss(
         ),
         normalizer=divisor,
     )
-    dtype = _promoted(vpreds, returns, values)
+    dtype = _loss_dtype(loss_agg_mode, vpreds, returns, values)
     return _or_nan(loss, divisor).to(dtype), stats.value_clip_fraction.float()
 
 
@@ -253,6 +251,12 @@ def _promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of PyTorch's arithmetic between them; an integer mask changes none."""
     dtypes = [each.dtype for each in tensors if each is not None and each.is_floating_point()]
     return functools.reduce(torch.promote_types, dtypes)
+
+
+def _loss_dtype(mode: str, *tensors: Tensor | None) -> torch.dtype:
+    """verl's modes over sequences multiply by a float32 mask of the sequences."""
+    dtype = _promoted(*tensors)
+    return dtype if mode.startswith("token-") else torch.promote_types(dtype, torch.float32)
 
 
 def _on_flash_attention() -> bool:
