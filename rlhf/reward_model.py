@@ -22,6 +22,7 @@ from rlhf.engine import (
 )
 from rlhf.engine.batching import chunks
 from rlhf.engine.precision import autocast
+from rlhf.engine.products import use_fast_products
 from rlhf.models import (
     context_length,
     last_token_scores,
@@ -60,6 +61,7 @@ class RewardModel:
         self.dtype = dtype
         self.model = load_scalar_model(model)
         score_head(self.model)
+        use_fast_products(self.model)
         self.tokenizer = load_tokenizer(tokenizer, model)
         self.chat_format = ChatFormat(self.tokenizer, template)
         self.template = template

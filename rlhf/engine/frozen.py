@@ -11,6 +11,7 @@ from torch import nn
 from rlhf.engine.config import TrainingConfig
 from rlhf.engine.parallel import distribute
 from rlhf.engine.precision import resolve_dtype
+from rlhf.engine.products import use_fast_products
 from rlhf.engine.world import World
 
 
@@ -30,6 +31,7 @@ class Frozen:
         device = World.join().device
         in_bfloat16 = config.weights == "bfloat16" and not exact
         self.model: Any = model.to(device).requires_grad_(False).eval()
+        use_fast_products(self.model)
         dtype = torch.bfloat16 if in_bfloat16 else resolve_dtype(config.dtype, device)
         self.module = distribute(self.model, config.parallel, torch.float32 if exact else dtype)
         if in_bfloat16 and config.parallel in ("auto", "ddp"):
