@@ -215,14 +215,10 @@ class Patch:
 
 
 class PatchByVersion:
-    """One peer's patches for versions of its own each: the one that fits what is installed."""
+    """One peer's patches, each for other versions: the one that fits what is installed."""
 
     def __init__(self, *patches: Patch) -> None:
         self.patches = patches
-
-    @property
-    def active(self) -> bool:
-        return any(patch.active for patch in self.patches)
 
     def patch(self) -> list[str]:
         """As `Patch.patch`, of the patch that fits.
