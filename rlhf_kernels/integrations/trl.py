@@ -26,6 +26,7 @@ TRL 1.16 and later have no PPO. Replaced are `selective_log_softmax`, `entropy_f
 `trl.kernels`, which a head made by `add_fused_lm_head` calls: GRPO and RLOO train through it.
 Where it is asked for more than log-probabilities and entropies (DPO, KTO and SFT do), the logits
 are capped, or ZeRO-3 has the weight in parts, TRL's own answers.
+On a GPU, where TRL runs on Triton, ours does so if `RLHF_KERNELS_BACKEND=triton` asks for it.
 
 Where they differ on purpose:
 
