@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -45,12 +45,20 @@ class Peer:
     since: str
     before: str
 
+    @property
+    def versions(self) -> str:
+        return f">={self.since},<{self.before}"
+
+    def fits(self, version: str) -> bool:
+        return _release(self.since) <= _release(version) < _release(self.before)
+
 
 @dataclass(frozen=True)
 class Replacement:
     """One function of the peer, and ours.
 
     module: where the peer defines it; it has the name of ours.
+    ours: a function; or a class with `apply`, for an autograd.Function.
     sample: calls the function it is given on a few numbers and returns what came out, gradients
         too; empty where the peer's own cannot run on this machine. Its random numbers have a
         generator of their own.
@@ -95,7 +103,7 @@ class Patch:
         """
         if self.active:
             raise PatchError(f"{self.peer.package} is patched already; unpatch it first")
-        self._check_version()
+        _fitting([self])
         theirs = [self._theirs_checked(replacement) for replacement in self.replacements]
         for replacement, function in zip(self.replacements, theirs):
             self._check_registered(replacement, function)
@@ -136,24 +144,19 @@ class Patch:
             if self.active:  # not where the block has unpatched
                 self.unpatch()
 
+    def theirs(self, ours: Function) -> Function:
+        """What the peer had in the place of ours while it is patched.
+
+        Raises:
+            PatchError: not patched.
+        """
+        if self._theirs is None:
+            raise PatchError(f"{self.peer.package} is not patched")
+        return self._theirs[self._ours.index(ours)]
+
     @property
     def _ours(self) -> list[Function]:
         return [replacement.ours for replacement in self.replacements]
-
-    def _check_version(self) -> None:
-        peer = self.peer
-        try:
-            found = importlib.metadata.version(peer.distribution)
-        except importlib.metadata.PackageNotFoundError as missing:
-            raise PatchError(
-                f"{peer.distribution} is not installed; these adapters are for "
-                f"{peer.distribution}>={peer.since},<{peer.before}"
-            ) from missing
-        if not _release(peer.since) <= _release(found) < _release(peer.before):
-            raise PatchError(
-                f"{peer.distribution} is of version {found}; these adapters are for "
-                f">={peer.since},<{peer.before}"
-            )
 
     def _theirs_checked(self, replacement: Replacement) -> Function:
         module = _imported(replacement.module)
@@ -165,8 +168,8 @@ class Patch:
         expected, found = _parameters(replacement.ours), _parameters(function)
         if found != expected:
             raise PatchError(
-                f"{replacement.path} takes {inspect.signature(function)}; "
-                f"expected {inspect.signature(replacement.ours)}"
+                f"{replacement.path} takes {_signature(function)}; "
+                f"expected {_signature(replacement.ours)}"
             )
         return function
 
@@ -211,6 +214,57 @@ class Patch:
         ]
 
 
+class PatchByVersion:
+    """One peer's patches, each for other versions: the one that fits what is installed."""
+
+    def __init__(self, *patches: Patch) -> None:
+        self.patches = patches
+
+    def patch(self) -> list[str]:
+        """As `Patch.patch`, of the patch that fits.
+
+        Raises:
+            PatchError: as there; or the version installed is none of theirs.
+        """
+        return (self._active or _fitting(self.patches)).patch()
+
+    def unpatch(self) -> list[str]:
+        """As `Patch.unpatch`."""
+        return (self._active or self.patches[0]).unpatch()
+
+    def patched(self) -> AbstractContextManager[list[str]]:
+        """As `Patch.patched`, of the patch that fits.
+
+        Raises:
+            PatchError: as `patch`.
+        """
+        return (self._active or _fitting(self.patches)).patched()
+
+    @property
+    def _active(self) -> Patch | None:
+        return next((patch for patch in self.patches if patch.active), None)
+
+
+def _fitting(patches: Sequence[Patch]) -> Patch:
+    """The patch for the version that is installed.
+
+    Raises:
+        PatchError: none of them is for it, or none is installed.
+    """
+    name = patches[0].peer.distribution
+    versions = [patch.peer.versions for patch in patches]
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError as missing:
+        wanted = " or ".join(name + each for each in versions)
+        raise PatchError(f"{name} is not installed; these adapters are for {wanted}") from missing
+    for patch in patches:
+        if patch.peer.fits(found):
+            return patch
+    wanted = " or ".join(versions)
+    raise PatchError(f"{name} is of version {found}; these adapters are for {wanted}")
+
+
 def _imported(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -233,8 +287,18 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _parameters(function: Function) -> list[tuple[str, Any, Any]]:
     """Names, kinds and defaults; annotations change nothing about a call."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _signature(function).parameters.values()
     return [(each.name, each.kind, each.default) for each in parameters]
+
+
+def _signature(function: Function) -> inspect.Signature:
+    """Of a class, an autograd.Function or what stands in for one: what its `apply` takes."""
+    if not isinstance(function, type):
+        return inspect.signature(function)
+    if not issubclass(function, torch.autograd.Function):
+        return inspect.signature(vars(function)["apply"])
+    _context, *parameters = inspect.signature(function.forward).parameters.values()
+    return inspect.Signature(parameters)
 
 
 def _compare(replacement: Replacement, theirs: Function) -> None:
