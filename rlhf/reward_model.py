@@ -22,7 +22,7 @@ from rlhf.engine import (
 )
 from rlhf.engine.batching import chunks
 from rlhf.engine.precision import autocast
-from rlhf.engine.products import use_fast_products
+from rlhf_kernels.linear_layers import use_fast_products
 from rlhf.models import (
     context_length,
     last_token_scores,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine.products import packed_for_sampling, use_fast_products
+from rlhf_kernels.linear_layers import fast_products, packed_for_sampling, use_fast_products
 from rlhf_kernels.ops import products
 
 pytestmark = pytest.mark.skipif(
@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr("rlhf.engine.products.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("rlhf_kernels.linear_layers.onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "SMALL", 1)
 
 
@@ -107,11 +107,33 @@ def test_a_model_keeps_its_weights_values_and_subclasses(monkeypatch: pytest.Mon
     called = []
     plain = products.linear
     monkeypatch.setattr(
-        "rlhf.engine.products.linear", lambda *args: called.append(1) or plain(*args)
+        "rlhf_kernels.linear_layers.linear", lambda *args: called.append(1) or plain(*args)
     )
     use_fast_products(model)
     torch.testing.assert_close(model(x), before)
     assert len(called) == 2 and list(model.state_dict()) == names
+
+
+def test_a_forward_that_someone_else_has_put_there_stays() -> None:
+    model = small_model()
+    model[0].forward = theirs = lambda x: x
+    use_fast_products(model)
+    with fast_products(model), packed_for_sampling(model, rows=4):
+        assert model[0].forward is theirs and "forward" in vars(model[3])
+    assert model[0].forward is theirs
+
+
+def test_a_model_can_have_them_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_model(), normal(4, 6, seed=1)
+    model(x).sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with fast_products(model):
+        assert "forward" in vars(model[0]) and "forward" not in vars(model[2])
+        output = model(x)
+    assert "forward" not in vars(model[0])
+    output.sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -102,6 +102,20 @@ def forward(function: Function) -> Sequence[Tensor]:
     return [found, gradient, entropies]
 
 
+def reward(function: Function) -> Sequence[Tensor]:
+    """Of responses that end early, in their middle, and not at all."""
+    from transformers import LlamaForSequenceClassification
+
+    config = _tiny_model().config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(1)
+        model = LlamaForSequenceClassification(config).float().eval()
+    sequences = _tokens(_ROWS, _LENGTH)
+    sequences[0, 0] = sequences[1, 3:] = sequences[2, 4] = _PAD
+    return function(model, sequences, _PAD, 2)
+
+
 def generation(function: Function) -> Sequence[Tensor]:
     """Tokens and log-probabilities of two parts of a batch, under the same random numbers."""
     from transformers import GenerationConfig

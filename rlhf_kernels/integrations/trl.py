@@ -20,6 +20,7 @@ others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE a
   is where the head is a plain `torch.nn.Linear`, in one process or under DDP; adapters' and
   quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
   within the model only: do not patch there.
+- `forward`, `get_reward` and sampling multiply float32 by oneDNN where a CPU of AMD runs them.
 
 TRL 1.16 and later have no PPO. Replaced are `selective_log_softmax`, `entropy_from_logits` and
 `selective_log_softmax_and_entropy` of `trl.trainer.utils`, and the `ChunkedLogProbFunction` of
@@ -55,13 +56,14 @@ from rlhf_kernels.integrations._trl_functions import (
     masked_whiten,
     selective_log_softmax,
 )
-from rlhf_kernels.integrations._trl_ppo import batch_generation, forward
+from rlhf_kernels.integrations._trl_ppo import batch_generation, forward, get_reward
 
 __all__ = [
     "PatchError",
     "batch_generation",
     "entropy_from_logits",
     "forward",
+    "get_reward",
     "masked_mean",
     "masked_var",
     "masked_whiten",
@@ -73,6 +75,7 @@ __all__ = [
 
 _UTILS = "trl.trainer.utils"
 _PPO = "trl.experimental.ppo.ppo_trainer"
+_SCORES = "trl.experimental.utils"
 
 _PPO_PATCH = Patch(
     Peer("trl", "trl", since="1.12", before="1.13"),
@@ -84,6 +87,7 @@ _PPO_PATCH = Patch(
         Replacement(_PPO, masked_whiten, samples.whitening),
         Replacement(_PPO, batch_generation, samples.generation),
         Replacement(_PPO, forward, samples.forward),
+        Replacement(_SCORES, get_reward, samples.reward),
     ],
 )
 

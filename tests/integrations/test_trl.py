@@ -135,7 +135,7 @@ with trl.patched() as places:
     assert ppo_trainer.forward is trl.forward
     assert ppo_trainer.selective_log_softmax is trl.selective_log_softmax
     assert ppo_trainer.PPOTrainer.train.__globals__["batch_generation"] is trl.batch_generation
-assert len(places) == 8, places
+assert len(places) == 10, places
 for name in ("forward", "batch_generation", "masked_whiten", "selective_log_softmax"):
     assert getattr(ppo_trainer, name).__module__.startswith("trl."), name
 """

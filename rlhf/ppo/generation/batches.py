@@ -11,7 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from rlhf.data import pad_left
 from rlhf.engine import resolve_dtype
 from rlhf.engine.precision import autocast
-from rlhf.engine.products import packed_for_sampling
+from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf.ppo.generation.ending import Ending, StopAtStrings
 from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers

@@ -14,7 +14,7 @@ from rlhf_kernels.ops.products import linear, onednn_is_faster
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Have the model's linear layers multiply float32 by ``rlhf_kernels.ops.products.linear``.
+    """Have a model's linear layers multiply float32 by `rlhf_kernels.ops.products.linear`.
 
     Nothing changes where PyTorch's own products are as fast. Weights and names stay as they are.
     """
@@ -22,6 +22,14 @@ def use_fast_products(model: nn.Module) -> None:
         return
     for module in linear_layers(model):
         module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """The same for what is called inside, backward passes of it included."""
+    with _keeping_forwards(linear_layers(model)):
+        use_fast_products(model)
+        yield
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -48,18 +56,25 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
         for layer in linear_layers(model)
         if layer.weight.dtype == torch.float32 and type(layer.weight.data) is Tensor
     ]
+    with _keeping_forwards(layers):
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = _with_packed(layer, packed)  # type: ignore[method-assign]
+        yield
+
+
+@contextmanager
+def _keeping_forwards(layers: list[nn.Linear]) -> Iterator[None]:
+    """Puts back what the layers' `forward` was, of the class or of the layer's own."""
     before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        layer.forward = _with_packed(layer, packed)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer, forward in zip(layers, before):
-            if forward is None:
-                del layer.forward
-            else:
+            if forward is not None:
                 layer.forward = forward  # type: ignore[method-assign]
+            else:
+                vars(layer).pop("forward", None)
 
 
 def _with_packed(layer: nn.Linear, packed: Tensor) -> Any:
@@ -72,9 +87,17 @@ def _with_packed(layer: nn.Linear, packed: Tensor) -> Any:
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Those that are ``nn.Linear`` itself, on a CPU: subclasses multiply as they see fit."""
+    """Those that are `nn.Linear` itself, on a CPU: subclasses multiply as they see fit, and so does
+    a layer whose forward someone else has replaced.
+    """
     return [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and module.weight.device.type == "cpu"
+        if type(module) is nn.Linear
+        and module.weight.device.type == "cpu"
+        and _is_ours_or_the_class_s(vars(module).get("forward"))
     ]
+
+
+def _is_ours_or_the_class_s(forward: Any) -> bool:
+    return forward is None or getattr(forward, "__func__", None) is _forward
