@@ -22,7 +22,6 @@ from rlhf.engine import (
 )
 from rlhf.engine.batching import chunks
 from rlhf.engine.precision import autocast
-from rlhf_kernels.linear_layers import use_fast_products
 from rlhf.models import (
     context_length,
     last_token_scores,
@@ -30,6 +29,7 @@ from rlhf.models import (
     load_tokenizer,
     score_head,
 )
+from rlhf_kernels.linear_layers import use_fast_products
 
 # Scores of a few units carry rounding of about 1e-6; a difference below this is no preference.
 TIE_MARGIN = 1e-4

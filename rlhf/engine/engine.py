@@ -20,9 +20,9 @@ from rlhf.engine.lora import has_lora, merged_weights
 from rlhf.engine.optimizer import MasterWeights, make_optimizer, trainable_parameters
 from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summing_gradients
 from rlhf.engine.precision import autocast, resolve_dtype
-from rlhf_kernels.linear_layers import use_fast_products
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.world import World
+from rlhf_kernels.linear_layers import use_fast_products
 
 logger = logging.getLogger(__name__)
 

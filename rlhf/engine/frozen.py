@@ -14,8 +14,8 @@ from rlhf.engine.config import TrainingConfig
 from rlhf.engine.parallel import distribute
 from rlhf.engine.parked import ParkedWeights
 from rlhf.engine.precision import resolve_dtype
-from rlhf_kernels.linear_layers import use_fast_products
 from rlhf.engine.world import World
+from rlhf_kernels.linear_layers import use_fast_products
 
 
 class Frozen:

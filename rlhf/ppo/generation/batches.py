@@ -11,11 +11,11 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from rlhf.data import pad_left
 from rlhf.engine import resolve_dtype
 from rlhf.engine.precision import autocast
-from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf.ppo.generation.ending import Ending, StopAtStrings
 from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers
 from rlhf.ppo.generation.settings import GenerationSettings
+from rlhf_kernels.linear_layers import packed_for_sampling
 
 
 def sample_in_batches(
