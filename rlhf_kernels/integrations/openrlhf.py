@@ -12,9 +12,19 @@ the advantages are replaced in OpenRLHF's own classes, so for instances that are
 their `forward` reads the settings that OpenRLHF's constructor has checked and kept.
 
 Patch in every process that computes: OpenRLHF's actors of Ray are processes of their own, the
-trainer with its GAE as well as the workers with the losses. Patching imports OpenRLHF's modules,
-and with them DeepSpeed and Ray: not in the processes of vLLM, which OpenRLHF keeps free of
-DeepSpeed.
+trainer with its GAE as well as the workers with the losses. Ray's own hook does,
+
+    ray.init(
+        runtime_env={"worker_process_setup_hook": "rlhf_kernels.integrations.openrlhf.patch"}
+    )
+
+before OpenRLHF starts, which then takes this Ray as it is. Patching imports OpenRLHF's modules, and
+with them DeepSpeed, Ray and vLLM: the hook does so in vLLM's processes too, which OpenRLHF itself
+keeps free of DeepSpeed.
+
+Tried on a CPU, with DeepSpeed 0.19.6 and Ray 2.55.0 and stand-ins for flash-attn and vLLM: every
+function, `Actor` on a small model, the experience maker's advantages, and the hook. Not tried: a
+whole training, which needs GPUs.
 
 Values and gradients are OpenRLHF's up to rounding; bfloat16 and float16 are computed in float32 and
 rounded once. Where they differ on purpose:
