@@ -3,7 +3,8 @@
 `Patch` looks at everything before it touches anything: the peer's version, the signature of every
 function, what its registries hold, and the numbers that both functions give on a small sample.
 Functions are then replaced wherever the peer's imported modules hold them by name, since
-`from x import y` binds them anew in each.
+`from x import y` binds them anew in each; methods in their class, and so for its instances too,
+those that are there already and those that come.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Replacement:
 
     module: where the peer defines it; it has the name of ours.
     ours: a function; or a class with `apply`, for an autograd.Function.
+    owner: the module's class whose method it is; None: it is the module's own.
+    constructor: a class that is built with the same arguments as the owner, whose instances the
+        method therefore can read; checked, not replaced. None: the method reads nothing of them.
     sample: calls the function it is given on a few numbers and returns what came out, gradients
         too; empty where the peer's own cannot run on this machine. Its random numbers have a
         generator of their own.
@@ -71,14 +75,21 @@ class Replacement:
     sample: Callable[[Function], Sequence[Tensor]]
     registered: tuple[str, str] | None = None
     tolerance: float = 1e-5
+    owner: str | None = None
+    constructor: type | None = None
 
     @property
     def name(self) -> str:
         return self.ours.__name__
 
     @property
+    def holder(self) -> str:
+        """The path of the module, or class, that has it."""
+        return self.module if self.owner is None else f"{self.module}.{self.owner}"
+
+    @property
     def path(self) -> str:
-        return f"{self.module}.{self.name}"
+        return f"{self.holder}.{self.name}"
 
 
 class Patch:
@@ -159,18 +170,17 @@ class Patch:
         return [replacement.ours for replacement in self.replacements]
 
     def _theirs_checked(self, replacement: Replacement) -> Function:
-        module = _imported(replacement.module)
-        function = vars(module).get(replacement.name)
+        holder: ModuleType | type = _imported(replacement.module)
+        if replacement.owner is not None:
+            holder = _owner(replacement.module, replacement.owner)
+        function = vars(holder).get(replacement.name)
         if function is None:
-            raise PatchError(f"{replacement.module} has no function {replacement.name}")
+            raise PatchError(f"{replacement.holder} has no function {replacement.name}")
         if function is replacement.ours:
             raise PatchError(f"{replacement.path} is ours already")
-        expected, found = _parameters(replacement.ours), _parameters(function)
-        if found != expected:
-            raise PatchError(
-                f"{replacement.path} takes {_signature(function)}; "
-                f"expected {_signature(replacement.ours)}"
-            )
+        _check_signature(replacement.path, function, replacement.ours)
+        if replacement.constructor is not None and isinstance(holder, type):
+            _check_signature(replacement.holder, holder, replacement.constructor)
         return function
 
     def _check_registered(self, replacement: Replacement, function: Function) -> None:
@@ -188,8 +198,13 @@ class Patch:
         for module, name in sorted(named):
             yield f"{module}.{name}", _registry(module, name)
 
+    def _owners(self) -> Iterator[tuple[str, type]]:
+        named = {(each.module, each.owner) for each in self.replacements if each.owner}
+        for module, name in sorted(named):
+            yield f"{module}.{name}", _owner(module, name)
+
     def _swap(self, to: dict[Function, Function]) -> list[str]:
-        """Exchange functions in the peer's imported modules and registries; say where."""
+        """Exchange functions in the peer's imported modules, classes, registries; say where."""
         places = []
         by_id = {id(old): new for old, new in to.items()}
         for module_name, module in self._modules():
@@ -197,6 +212,11 @@ class Patch:
                 if id(value) in by_id:
                     setattr(module, name, by_id[id(value)])
                     places.append(f"{module_name}.{name}")
+        for path, owner in self._owners():
+            for name, value in list(vars(owner).items()):
+                if id(value) in by_id:
+                    setattr(owner, name, by_id[id(value)])
+                    places.append(f"{path}.{name}")
         for path, registry in self._registries():
             for key, value in list(registry.items()):
                 if id(value) in by_id:
@@ -279,6 +299,18 @@ def _registry(module: str, name: str) -> dict[Any, Any]:
     return registry
 
 
+def _owner(module: str, name: str) -> type:
+    owner = vars(_imported(module)).get(name)
+    if not isinstance(owner, type):
+        raise PatchError(f"{module} has no class {name}")
+    return owner
+
+
+def _check_signature(path: str, theirs: Function, ours: Function) -> None:
+    if _parameters(theirs) != _parameters(ours):
+        raise PatchError(f"{path} takes {_signature(theirs)}; expected {_signature(ours)}")
+
+
 def _release(version: str) -> tuple[int, ...]:
     """0.9.1.post2 as (0, 9, 1): what comes behind the numbers does not change a signature."""
     numbers = re.match(r"\d+(\.\d+)*", version)
@@ -292,11 +324,13 @@ def _parameters(function: Function) -> list[tuple[str, Any, Any]]:
 
 
 def _signature(function: Function) -> inspect.Signature:
-    """Of a class, an autograd.Function or what stands in for one: what its `apply` takes."""
+    """Of an autograd.Function or what stands in for one: what its `apply` takes. Of any other
+    class: what it is built with.
+    """
     if not isinstance(function, type):
         return inspect.signature(function)
     if not issubclass(function, torch.autograd.Function):
-        return inspect.signature(vars(function)["apply"])
+        return inspect.signature(vars(function).get("apply", function))
     _context, *parameters = inspect.signature(function.forward).parameters.values()
     return inspect.Signature(parameters)
 

@@ -139,7 +139,8 @@ def get_reward(
         first padding; and the places [B] of these tokens, int64.
     """
     valid = query_responses != pad_token_id
-    trunk = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    prefix: Any = model.base_model_prefix
+    trunk = getattr(model, prefix)
     with fast_products(model):
         hidden = trunk(
             input_ids=query_responses.masked_fill(~valid, 0),

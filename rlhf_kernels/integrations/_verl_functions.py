@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import rlhf_kernels
 from rlhf_kernels import PPOLossConfig, checks
+from rlhf_kernels.integrations._common import entropy, or_nan, promoted
 from rlhf_kernels.ops.whiten import moments, whiten
 
 _EPS = 1e-8  # added to variances and to counts
@@ -44,7 +44,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropies [...] of softmax(logits [..., V]), of the logits' dtype, differentiable."""
-    return _entropy(logits).to(logits.dtype)
+    return entropy(logits).to(logits.dtype)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -52,7 +52,7 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
     Nothing of the logits' size is made, so there are no chunks.
     """
-    return _entropy(logits).float()
+    return entropy(logits).float()
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def compute_gae_advantage_return(
         ValueError: fewer than two valid tokens, or gamma or lam outside of [0, 1].
     """
     mask = response_mask.bool()
-    dtype = _promoted(token_level_rewards, values, response_mask)
+    dtype = promoted(token_level_rewards, values, response_mask)
     wide = checks.compute_dtype(token_level_rewards, values)
     advantages, returns = rlhf_kernels.gae(
         *(token_level_rewards.to(wide), values.to(wide), mask), gamma=float(gamma), lam=float(lam)
@@ -175,7 +175,7 @@ def compute_policy_loss_vanilla(
     names = ("clip_fraction", "approx_kl_k1", "dual_clip_fraction")
     clipped, kl, dual_clipped = torch.stack([getattr(stats, name) for name in names]).tolist()
     dtype = _loss_dtype(loss_agg_mode, log_prob, old_log_prob, advantages, rollout_is_weights)
-    return _or_nan(loss, divisor).to(dtype), {
+    return or_nan(loss, divisor).to(dtype), {
         "actor/pg_clipfrac": clipped,
         "actor/ppo_kl": kl,
         "actor/pg_clipfrac_lower": dual_clipped,
@@ -217,7 +217,7 @@ def compute_value_loss(
         normalizer=divisor,
     )
     dtype = _loss_dtype(loss_agg_mode, vpreds, returns, values)
-    return _or_nan(loss, divisor).to(dtype), stats.value_clip_fraction.float()
+    return or_nan(loss, divisor).to(dtype), stats.value_clip_fraction.float()
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
@@ -234,7 +234,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATORS:
         raise NotImplementedError(f"kl_penalty is {kl_penalty!r}")
-    dtype = _promoted(logprob, ref_logprob)
+    dtype = promoted(logprob, ref_logprob)
     estimator = _ESTIMATORS[name]
     if not kl_penalty.endswith("+") or estimator == "k2":
         return _estimate(logprob, ref_logprob, estimator).to(dtype)
@@ -247,15 +247,9 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
 # --- what they share ---
 
 
-def _promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of PyTorch's arithmetic between them; an integer mask changes none."""
-    dtypes = [each.dtype for each in tensors if each is not None and each.is_floating_point()]
-    return functools.reduce(torch.promote_types, dtypes)
-
-
 def _loss_dtype(mode: str, *tensors: Tensor | None) -> torch.dtype:
     """verl's modes over sequences multiply by a float32 mask of the sequences."""
-    dtype = _promoted(*tensors)
+    dtype = promoted(*tensors)
     return dtype if mode.startswith("token-") else torch.promote_types(dtype, torch.float32)
 
 
@@ -264,11 +258,6 @@ def _on_flash_attention() -> bool:
     module = sys.modules.get("verl.utils.torch_functional")
     found = getattr(module, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)
     return found and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return rlhf_kernels.token_logprobs(logits, targets, return_entropy=True)[1]
 
 
 def _masked_sum(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None) -> Tensor:
@@ -359,13 +348,6 @@ def _count(
     if dp_size > 1:
         raise ValueError(f"dp_size is {dp_size}, which needs {name} of the whole batch")
     return own()
-
-
-def _or_nan(loss: Tensor, divisor: float | Tensor) -> Tensor:
-    """NaN where verl would divide by 0, whatever our kernel gives for an empty mask."""
-    if isinstance(divisor, Tensor):
-        return loss + 0.0 / divisor.to(loss.dtype)
-    return loss
 
 
 def _clip_ratios(config: Any) -> tuple[float, float, float]:

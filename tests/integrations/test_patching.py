@@ -304,3 +304,89 @@ def test_an_autograd_function_is_called_by_apply(peer: ModuleType, default: int)
     assert made.Doubled is theirs
     with pytest.raises(PatchError, match="is not patched"):
         patch.theirs(Doubled)
+
+
+# Methods
+
+
+BOXES = """
+class Box:
+    def __init__(self, size=1):
+        self.size = size
+
+    def grow(self, x):
+        return x + self.size
+
+class Crate(Box):
+    pass
+"""
+
+
+class Box:
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+
+    def grow(self, x: Tensor) -> Tensor:
+        return self.size + x
+
+
+def grown(function: Callable[..., Tensor]) -> list[Tensor]:
+    return [function(sys.modules["made_up.boxes"].Box(3), torch.arange(3.0))]
+
+
+@pytest.fixture
+def boxes(peer: ModuleType) -> ModuleType:
+    return module("made_up.boxes", BOXES)
+
+
+@pytest.fixture
+def of_boxes() -> Patch:
+    own = Replacement("made_up.boxes", Box.grow, grown, owner="Box", constructor=Box)
+    return Patch(PEER, [Replacement("made_up.math", half, sample), own])
+
+
+def test_a_method_is_replaced_for_every_instance_and_put_back(
+    boxes: ModuleType, of_boxes: Patch
+) -> None:
+    before, theirs = state(), boxes.Box.grow
+    earlier = boxes.Crate(5)
+    with of_boxes.patched() as places:
+        assert "made_up.boxes.Box.grow" in places
+        assert boxes.Box.grow is boxes.Crate.grow is Box.grow
+        assert earlier.grow(1) == boxes.Box(5).grow(1) == 6
+    assert boxes.Box.grow is earlier.grow.__func__ is theirs
+    assert state() == before
+
+
+def test_a_missing_class(peer: ModuleType, boxes: ModuleType, of_boxes: Patch) -> None:
+    del boxes.Box
+    refuses(of_boxes, "made_up.boxes has no class Box")
+
+
+def test_a_missing_method(boxes: ModuleType, of_boxes: Patch) -> None:
+    del boxes.Box.grow
+    refuses(of_boxes, "made_up.boxes.Box has no function grow")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("def grow(self, y): return y + self.size", "made_up.boxes.Box.grow takes (self, y)"),
+        ("def __init__(self, size=2): self.size = size", "made_up.boxes.Box takes (size=2)"),
+        ("def grow(self, x): return x - self.size", "made_up.boxes.Box.grow and ours are"),
+    ],
+)
+def test_a_class_that_has_changed(
+    changed: str, message: str, boxes: ModuleType, of_boxes: Patch
+) -> None:
+    made: dict[str, Callable[..., object]] = {}
+    exec(changed, made)
+    for name in ("grow", "__init__"):
+        if name in made:
+            setattr(boxes.Box, name, made[name])
+    refuses(of_boxes, message)
+
+
+def test_ours_is_no_replacement_for_itself(boxes: ModuleType, of_boxes: Patch) -> None:
+    with of_boxes.patched():
+        refuses(Patch(PEER, of_boxes.replacements[1:]), "made_up.boxes.Box.grow is ours already")
