@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_kernels.bench import operations, peers
 from rlhf_kernels.bench.operation import BOTH, FORWARD, Case
 from rlhf_kernels.bench.runner import measure
+from rlhf_kernels.ops.chunks import default_chunk_size
 
 LOGITS = Case("token_logprobs", FORWARD, {"N": 8, "V": 100}, "float32", "cpu")
 HIDDEN = {"N": 8, "V": 100, "H": 16}
@@ -100,3 +101,20 @@ def test_adapters_of_gpu_peers_call_them_as_their_signatures_are(
         assert result.absent == {}
         timed |= {row.variant.split()[0] for row in result.rows}
     assert {"flash-attn", "cut-cross-entropy", "quack"} <= timed
+
+
+@pytest.mark.skipif(
+    peers.unavailable_reason("torch_chunked", "cpu") is not None, reason="PyTorch is older"
+)
+@pytest.mark.parametrize(("device", "like_ours"), [("cpu", True), ("meta", False)])
+def test_pytorchs_chunks_are_as_large_as_ours_on_a_cpu_alone(
+    device: str, like_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(
+        F, "linear_cross_entropy", lambda *_, options: taken.append(options.batch_chunk_size)
+    )
+    (offer,), _ = peers.offers("linear_cross_entropy", "cpu", ["torch_chunked"])
+    rows, weight = torch.empty(8, 16, device=device), torch.empty(100, 16, device=device)
+    offer.function(rows, weight, torch.zeros(8, dtype=torch.long, device=device))
+    assert taken == [default_chunk_size(100, torch.float32, "cpu") if like_ours else None]
