@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_kernels.bench import operations, peers
 from rlhf_kernels.bench.operation import BOTH, FORWARD, Case
 from rlhf_kernels.bench.runner import measure
+from rlhf_kernels.ops.chunks import default_chunk_size
 
 LOGITS = Case("token_logprobs", FORWARD, {"N": 8, "V": 100}, "float32", "cpu")
 HIDDEN = {"N": 8, "V": 100, "H": 16}
@@ -26,16 +27,29 @@ def _without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def test_a_missing_peer_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    """Every peer has this version, or is not installed, whatever this environment holds."""
+    monkeypatch.setattr(peers, "_version", lambda distribution: version)
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [(None, r"not installed \(pip install trl\)"), ("1.16", r"ModuleNotFoundError: .*\btrl\b.*")],
+    ids=["not installed", "broken"],
+)
+def test_a_missing_peer_is_named_with_the_reason(
+    version: str | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, version)
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setitem(sys.modules, "trl.kernels", None)
     offers, missing = peers.offers("token_logprobs", "cpu")
     assert offers == []
-    assert missing["trl"].startswith("ModuleNotFoundError") and "trl" in missing["trl"]
+    assert re.fullmatch(why, missing["trl"])
     assert missing["liger"] == "runs on cuda alone"
     rows = measure(operations.load("token_logprobs"), LOGITS, turns=1).rows
     (row,) = [row for row in rows if row.variant == "trl"]
-    assert row.status.startswith("missing: ModuleNotFoundError") and row.median_ms is None
+    assert re.fullmatch(f"missing: {why}", row.status) and row.median_ms is None
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
@@ -76,13 +90,31 @@ def test_adapters_of_gpu_peers_call_them_as_their_signatures_are(
     stub(monkeypatch, "quack.cross_entropy", cross_entropy=quack)
     stub(monkeypatch, "quack.linear_cross_entropy", chunked_linear_cross_entropy=quack_linear)
     tested = ("flash_attn", "cut_cross_entropy", "quack")
-    monkeypatch.setattr(peers, "PEERS", tested)
+    installed(monkeypatch, "1.0")
     for name in tested:
         monkeypatch.setattr(f"rlhf_kernels.bench.peers.{name}.DEVICES", {"cpu"})
     timed = set()
     for name in ("token_logprobs", "linear_token_logprobs", "linear_cross_entropy"):
         sizes = LOGITS.sizes if name == "token_logprobs" else HIDDEN
-        result = measure(operations.load(name), Case(name, BOTH, sizes, "float32", "cpu"), turns=1)
+        case = Case(name, BOTH, sizes, "float32", "cpu")
+        result = measure(operations.load(name), case, turns=1, rivals=tested)
         assert result.absent == {}
         timed |= {row.variant.split()[0] for row in result.rows}
     assert {"flash-attn", "cut-cross-entropy", "quack"} <= timed
+
+
+@pytest.mark.skipif(
+    peers.unavailable_reason("torch_chunked", "cpu") is not None, reason="PyTorch is older"
+)
+@pytest.mark.parametrize(("device", "like_ours"), [("cpu", True), ("meta", False)])
+def test_pytorchs_chunks_are_as_large_as_ours_on_a_cpu_alone(
+    device: str, like_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(
+        F, "linear_cross_entropy", lambda *_, options: taken.append(options.batch_chunk_size)
+    )
+    (offer,), _ = peers.offers("linear_cross_entropy", "cpu", ["torch_chunked"])
+    rows, weight = torch.empty(8, 16, device=device), torch.empty(100, 16, device=device)
+    offer.function(rows, weight, torch.zeros(8, dtype=torch.long, device=device))
+    assert taken == [default_chunk_size(100, torch.float32, "cpu") if like_ours else None]

@@ -40,7 +40,7 @@ def test_targets_are_met_missed_or_not_measured(capsys: pytest.CaptureFixture[st
 def test_the_target_command_judges_the_issues_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda *_, **__: {})
     output = tmp_path / "vocabulary.json"
     arguments = ["vocabulary", "--device", "cpu", "--quick", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -79,7 +79,7 @@ def test_the_kept_figures_are_of_this_format() -> None:
 def test_gpu_targets_are_judged_by_the_same_names(
     judge: Callable[[session.Session], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "in_a_fresh_process", lambda cases, only: {})
+    monkeypatch.setattr(memory, "in_a_fresh_process", lambda *_, **__: {})
     monkeypatch.setattr(session, "QUICK_SIZE", 64)
     found = session.Session("cpu", quick=True)
     judge(found)

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         choices=SIZES["cpu"],
         default="default",
-        help="small: a trial; default: two vocabularies; large: those of five models",
+        help="small: a trial; default: one vocabulary, on a GPU two; large: those of five models",
     )
     add("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     sizes = parser.add_argument_group("in place of what --size says")

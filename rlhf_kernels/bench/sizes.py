@@ -16,8 +16,9 @@ class Size:
     seconds: float
 
 
-def _sizes(large: Grid) -> dict[str, Size]:
-    default = replace(large, vocabularies=(32_000, 128_256))
+def _sizes(large: Grid, vocabularies: tuple[int, ...]) -> dict[str, Size]:
+    """vocabularies: of the default size."""
+    default = replace(large, vocabularies=vocabularies)
     small = replace(large, rows=64, hidden=64, vocabularies=(32_000,), sequences=((8, 128),))
     return {
         "small": Size(small, turns=3, seconds=1.0),
@@ -30,6 +31,12 @@ def _sizes(large: Grid) -> dict[str, Size]:
 _VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
 SIZES = {
     # Few processors multiply bfloat16 faster than float32; the products then hide all else.
-    "cpu": _sizes(Grid("cpu", 256, 576, _VOCABULARIES, ("float32", "bfloat16"), ("float32",))),
-    "cuda": _sizes(Grid("cuda", 8192, 4096, _VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",))),
+    # SmolLM2's hidden size, and by default its vocabulary alone: two cores then take minutes.
+    "cpu": _sizes(
+        Grid("cpu", 256, 576, _VOCABULARIES, ("float32", "bfloat16"), ("float32",)), (49_152,)
+    ),
+    "cuda": _sizes(
+        Grid("cuda", 8192, 4096, _VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",)),
+        (32_000, 128_256),
+    ),
 }
