@@ -13,6 +13,7 @@ from typing import Any
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
 ADAM = 2 * FLOAT32  # both moments
+ADAM_8_BIT = 2 * (1 + FLOAT32 / 256)  # a scale for each block of 256
 # rlhf_kernels never holds all logits: on a GPU a chunk of this size and its copy (ops/chunks.py).
 HEAD_CHUNK = 2 * 256 * 2**20
 # Bytes of activations that a layer keeps for its backward, per token and hidden unit, in 16 bits

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 256
-# Numbers in a slice: its temporaries, some 30 bytes each, should fit a cache on a CPU; a GPU should
-# have few launches.
+# Numbers in a slice. Its temporaries take some 30 bytes each: on a CPU they are to stay in a cache,
+# a GPU should have few launches.
 CPU_SLICE, GPU_SLICE = 1 << 18, 1 << 22
-PLACES = 1 << 20  # in the table of noise that a slice can be read from
+PLACES = 1 << 18  # in the table of noise that a slice can be read from
 CUT = 7  # bits of a float16's mantissa that are cut off; 3 are left
 # The largest values of the two codes. Signed: 4 bits of exponent, 1.875 down to 2^-9 (2^-17 below
 # normal precision). Unsigned: 5 bits of exponent, 61440 down to 2^-17.
@@ -76,12 +77,13 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, index)
-                index += 1
+        groups = [(p, group) for group in self.param_groups for p in group["params"]]
+        tasks = [
+            partial(update, parameter, self.state[parameter], group, index)
+            for index, (parameter, group) in enumerate(groups)
+            if parameter.grad is not None
+        ]
+        run_all(tasks, [parameter for parameter, _ in groups])
         return loss
 
     @torch.no_grad()
@@ -96,50 +98,12 @@ class AdamW8bit(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for key, parameter in zip(keys, self._parameters()):
-            saved = state_dict["state"][key]
-            step = saved["step"].clone()
-            tensors = {name: value.clone().to(parameter.device) for name, value in saved.items()}
-            self.state[parameter] = {**tensors, "step": step}
+            for name, value in state_dict["state"][key].items():
+                device = "cpu" if name == "step" else parameter.device
+                self.state[parameter][name] = value.detach().to(device, copy=True)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], index: int) -> None:
-        state = self.state[parameter]
-        state["step"] += 1
-        step = int(state["step"])
-        chance = random.Random(step << 32 | index)
-        assert parameter.grad is not None
-        flat = {
-            name: value.view(-1) for name, value in state.items() if name in SHAPED
-        }
-        weights, gradients = parameter.detach().view(-1), parameter.grad.reshape(-1)
-        for part, blocks in slices(parameter.numel(), parameter.device):
-            gradient = gradients[part].float()
-            mean = decode_signed(flat["exp_avg"][part], state["exp_avg_scale"][blocks])
-            square = decode_unsigned(flat["exp_avg_sq"][part], state["exp_avg_sq_scale"][blocks])
-            beta1, beta2 = group["betas"]
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            noise = noise_at(chance, mean)
-            encode_signed(mean, noise, flat["exp_avg"][part], state["exp_avg_scale"][blocks])
-            noise = noise_at(chance, mean)
-            encode_unsigned(
-                square, noise, flat["exp_avg_sq"][part], state["exp_avg_sq_scale"][blocks]
-            )
-            # From here on as in AdamW, with the moments as they were before they were rounded.
-            square.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-            change = mean.div_(square)
-            exact = weights.dtype == torch.float32
-            weight = weights[part] if exact else join(weights[part], flat["remainder"][part])
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(change, alpha=-group["lr"] / (1 - beta1**step))
-            if not exact:
-                noise = noise_at(chance, weight)
-                split(weight, noise, weights[part], flat["remainder"][part])
-
-
-SHAPED = ("exp_avg", "exp_avg_sq", "remainder")  # what has the parameter's shape
 
 
 def new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -161,6 +125,63 @@ def new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     return state
 
 
+def run_all(tasks: list[Callable[[], None]], parameters: list[nn.Parameter]) -> None:
+    """Run updates of parameters: on a CPU in as many threads as PyTorch has.
+
+    These would else meet after each of the many small operations, and where another process has
+    one of the cores, that takes ten times as long as the operations.
+    """
+    threads = torch.get_num_threads()
+    if threads > 1 and all(parameter.device.type == "cpu" for parameter in parameters):
+        torch.set_num_threads(1)  # in each
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda task: task(), tasks))
+        finally:
+            torch.set_num_threads(threads)
+    else:
+        for task in tasks:
+            task()
+
+
+@torch.no_grad()  # also in a thread of its own
+def update(parameter: nn.Parameter, state: dict[str, Tensor], group: Any, index: int) -> None:
+    """A step of one parameter.
+
+    Args:
+        parameter: With its gradient.
+        state: See ``AdamW8bit``.
+        group: Its settings.
+        index: Of the parameter in its optimizer.
+    """
+    assert parameter.grad is not None
+    state["step"] += 1
+    step = int(state["step"])
+    chance = random.Random(step << 32 | index)
+    beta1, beta2 = group["betas"]
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    weights, gradients = parameter.detach().view(-1), parameter.grad.reshape(-1)
+    means, squares = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+    remainders = state["remainder"].view(-1) if "remainder" in state else None
+    for part, blocks in slices(parameter.numel(), parameter.device):
+        gradient = gradients[part].float()
+        stored_mean = means[part], state["exp_avg_scale"][blocks]
+        mean = decode_signed(*stored_mean).lerp_(gradient, 1 - beta1)
+        encode_signed(mean, noise_at(chance, mean, CUT), *stored_mean)
+        stored_square = squares[part], state["exp_avg_sq_scale"][blocks]
+        square = decode_unsigned(*stored_square).mul_(beta2)
+        square.addcmul_(gradient, gradient, value=1 - beta2)
+        encode_unsigned(square, noise_at(chance, square, CUT), *stored_square)
+        # The weight sees the moments as they were before they were rounded.
+        change = mean.div_(square.sqrt_().div_(math.sqrt(correction2)).add_(group["eps"]))
+        weight = weights[part] if remainders is None else join(weights[part], remainders[part])
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(change, alpha=-group["lr"] / correction1)
+        if remainders is not None:
+            split(weight, noise_at(chance, weight, 8), weights[part], remainders[part])
+
+
 def slices(size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Cuts numbers 0 to size into parts of whole blocks, and the rest, a shorter block, by itself.
 
@@ -177,18 +198,19 @@ def slices(size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
 
 
 @cache
-def noise_table(device: torch.device) -> Tensor:
-    """Whole numbers from 0 to 127, the same in every process; int16."""
+def noise_table(device: torch.device, bits: int) -> Tensor:
+    """Whole numbers of so many bits, the same in every process: int16, or int32 from 8 bits on."""
     longest = CPU_SLICE if device.type == "cpu" else GPU_SLICE
+    dtype = torch.int16 if bits < 8 else torch.int32
     generator = torch.Generator().manual_seed(0)
-    table = torch.randint(1 << CUT, (PLACES + longest,), generator=generator, dtype=torch.int16)
+    table = torch.randint(1 << bits, (PLACES + longest,), generator=generator, dtype=dtype)
     return table.to(device)
 
 
-def noise_at(chance: random.Random, like: Tensor) -> Tensor:
+def noise_at(chance: random.Random, like: Tensor, bits: int) -> Tensor:
     """As many numbers of the table as a slice has, from a place left to chance."""
     place = chance.randrange(PLACES)
-    return noise_table(like.device)[place : place + like.numel()]
+    return noise_table(like.device, bits)[place : place + like.numel()]
 
 
 def scaled_half(values: Tensor, limit: float, scale: Tensor) -> Tensor:
@@ -251,22 +273,19 @@ def unscaled(bits: Tensor, scale: Tensor) -> Tensor:
     return values
 
 
-def split(values: Tensor, noise: Tensor | None, weights: Tensor, remainder: Tensor) -> None:
+def split(values: Tensor, noise: Tensor | int, weights: Tensor, remainder: Tensor) -> None:
     """Write float32 values as bfloat16 weights and 8 bits more: floats of 24 bits.
 
-    The weights are the values to nearest; of these, 1 step is 256 of the remainder.
+    The weights are the values to nearest; their last digit is 256 of the remainder's.
 
     Args:
         values: float32.
-        noise: From 0 to 127, int16, to round to 24 bits by chance; None: to nearest.
+        noise: From 0 to 255, int32, to round to 24 bits by chance; 128 to round to nearest.
         weights: bfloat16, written.
         remainder: int8, written.
     """
-    bits = values.view(torch.int32)
-    # Noise of 7 bits for 8 that are cut off, in steps of 2 around their middle: right on average.
-    up = 128 if noise is None else noise.to(torch.int32).mul_(2)
-    bits = (bits + up).bitwise_right_shift_(8)
-    upper = (bits + 128).bitwise_right_shift_(8)
+    bits = values.view(torch.int32).add(noise).bitwise_right_shift_(8)
+    upper = bits.add(128).bitwise_right_shift_(8)
     weights.view(torch.int16).copy_(upper)
     remainder.copy_(bits.sub_(upper.bitwise_left_shift_(8)))
 
