@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import chain
@@ -31,8 +31,8 @@ BLOCK = 256
 CPU_SLICE, GPU_SLICE = 1 << 18, 1 << 22
 PLACES = 1 << 18  # in the table of noise that a slice can be read from
 CUT = 7  # bits of a float16's mantissa that are cut off; 3 are left
-# The largest values of the two codes. Signed: 4 bits of exponent, 1.875 down to 2^-9 (2^-17 below
-# normal precision). Unsigned: 5 bits of exponent, 61440 down to 2^-17.
+# The largest values of the two codes, of 4 and 5 bits of exponent; the smallest is 2^-17, and from
+# 2^-14 on a step is at most an eighth of the value.
 SIGNED_LIMIT, UNSIGNED_LIMIT = 1.875, 61440.0
 SECOND_BIT = 0x4000  # of a float16: clear below 2
 
@@ -88,9 +88,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def float32(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter with all of its bits, as a new float32 tensor."""
+        """A parameter with all of its bits; of a float32 one, itself."""
         if parameter.dtype == torch.float32:
-            return parameter.detach().clone()
+            return parameter.detach()
         return join(parameter.detach(), self.state[parameter]["remainder"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
     return state
 
 
-def run_all(tasks: list[Callable[[], None]], parameters: list[nn.Parameter]) -> None:
+def run_all(tasks: Sequence[Callable[[], None]], parameters: list[nn.Parameter]) -> None:
     """Run updates of parameters: on a CPU in as many threads as PyTorch has.
 
     These would else meet after each of the many small operations, and where another process has
