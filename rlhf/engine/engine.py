@@ -41,9 +41,9 @@ class Engine:
 
     Whatever reads the model's weights does so inside ``run`` or ``run_gathered``, where they are
     whole also when FSDP has split them. Weights are float32 (with ``config.weights`` "bfloat16"
-    those that the optimizer updates); matrix products under ``autocast()`` run in
-    ``compute_dtype``. The loss given to ``backward`` must already be divided by the whole step's
-    normaliser, over all ranks, so that gradients simply add up.
+    what the optimizer updates is; with "adamw_8bit" that has 24 bits); matrix products under
+    ``autocast()`` run in ``compute_dtype``. The loss given to ``backward`` must already be divided
+    by the whole step's normaliser, over all ranks, so that gradients simply add up.
 
     Args:
         model: Moved to this rank's device and set to training mode. Its trainable weights must be
