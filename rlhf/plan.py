@@ -13,6 +13,7 @@ from typing import Any
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
 ADAM = 2 * FLOAT32  # both moments
+ADAM_8_BIT = 2 * (1 + FLOAT32 / 256)  # a scale for each block of 256
 # rlhf_kernels never holds all logits: on a GPU a chunk of this size and its copy (ops/chunks.py).
 HEAD_CHUNK = 2 * 256 * 2**20
 # Bytes of activations that a layer keeps for its backward, per token and hidden unit, in 16 bits
@@ -124,7 +125,8 @@ class Training:
         parallel: one (a single GPU), ddp, fsdp or hybrid.
         critic: own, shared or none.
         lora_rank: Of adapters on policy and critic; None trains all weights.
-        weights: float32 or bfloat16 (on one GPU: with float32 copies for the optimizer).
+        weights: float32 or bfloat16 (on one GPU: with float32 copies for adamw).
+        optimizer: adamw or adamw_8bit; fsdp and hybrid always have adamw.
         reward_model: Whether a reward model of the policy's size is in the process; not with a
             function or an HTTP endpoint.
         micro_batch_tokens: Tokens in a forward pass, padding included.
@@ -139,6 +141,7 @@ class Training:
     critic: str = "own"
     lora_rank: int | None = None
     weights: str = "float32"
+    optimizer: str = "adamw"
     reward_model: bool = True
     micro_batch_tokens: int = 8192
     gradient_checkpointing: bool = True
@@ -150,6 +153,7 @@ class Training:
             "parallel": (self.parallel, STRATEGIES),
             "critic": (self.critic, ("own", "shared", "none")),
             "weights": (self.weights, ("float32", "bfloat16")),
+            "optimizer": (self.optimizer, ("adamw", "adamw_8bit")),
         }
         for name, (value, choices) in checks.items():
             if value not in choices:
@@ -225,12 +229,14 @@ def trained_bytes(shape: Shape, parameters: int, training: Training) -> float:
     """Weights, gradients and Adam's moments of a model that is trained."""
     in_16_bits = training.weights == "bfloat16" and not training.is_sharded
     weight = BFLOAT16 if in_16_bits else FLOAT32
-    master = FLOAT32 if in_16_bits else 0
+    if training.optimizer == "adamw_8bit" and not training.is_sharded:
+        remainder = 1 if in_16_bits else 0
+        each = weight + remainder + weight + ADAM_8_BIT  # gradients have the weights' type
+    else:
+        each = weight + (FLOAT32 if in_16_bits else 0) + FLOAT32 + ADAM
     if training.lora_rank is None:
-        each = weight + master + FLOAT32 + ADAM
         return each * parameters / training.shards
     adapters = shape.adapters(training.lora_rank)
-    each = weight + master + FLOAT32 + ADAM
     return (weight * parameters + each * adapters) / training.shards
 
 

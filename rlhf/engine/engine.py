@@ -14,10 +14,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf.engine.adamw_8bit import AdamW8bit
 from rlhf.engine.config import TrainingConfig
 from rlhf.engine.cpu_memory import keep_freed_memory
 from rlhf.engine.lora import has_lora, merged_weights
-from rlhf.engine.optimizer import MasterWeights, make_optimizer, trainable_parameters
+from rlhf.engine.optimizer import (
+    MasterWeights,
+    make_optimizer,
+    to_bfloat16,
+    trainable_parameters,
+)
 from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summing_gradients
 from rlhf.engine.precision import autocast, resolve_dtype
 from rlhf.engine.schedule import learning_rate_factor
@@ -36,9 +42,9 @@ class Engine:
 
     Whatever reads the model's weights does so inside ``run`` or ``run_gathered``, where they are
     whole also when FSDP has split them. Weights are float32 (with ``config.weights`` "bfloat16"
-    those that the optimizer updates); matrix products under ``autocast()`` run in
-    ``compute_dtype``. The loss given to ``backward`` must already be divided by the whole step's
-    normaliser, over all ranks, so that gradients simply add up.
+    what the optimizer updates is; with "adamw_8bit" that has 24 bits); matrix products under
+    ``autocast()`` run in ``compute_dtype``. The loss given to ``backward`` must already be divided
+    by the whole step's normaliser, over all ranks, so that gradients simply add up.
 
     Args:
         model: Moved to this rank's device and set to training mode. Its trainable weights must be
@@ -71,7 +77,7 @@ class Engine:
         self.compute_dtype = resolve_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        trainable_parameters(model, name)  # before anything is changed
+        named = trainable_parameters(model, name)  # before anything is changed
         self.model = model.to(self.device).train()
         if config.gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable")  # noqa: B009 (not on nn.Module)
@@ -82,15 +88,21 @@ class Engine:
                 layer.compile(dynamic=True)
         in_bfloat16 = config.weights == "bfloat16"
         gathered = torch.bfloat16 if in_bfloat16 else self.compute_dtype
+        # The 8-bit optimizer updates bfloat16 weights by itself, with what they lack of float32.
+        by_itself = in_bfloat16 and config.optimizer == "adamw_8bit"
+        remainders = to_bfloat16(self.model, named) if by_itself else {}
         self.module = distribute(self.model, config.parallel, gathered)
-        named = trainable_parameters(self.model, name)  # anew: FSDP has replaced them
+        if isinstance(self.module, FSDPModule):
+            named = trainable_parameters(self.model, name)  # anew: FSDP has replaced them
         # FSDP keeps float32 shards by itself, and gathers them in bfloat16.
-        with_masters = in_bfloat16 and not isinstance(self.module, FSDPModule)
+        with_masters = in_bfloat16 and not by_itself and not isinstance(self.module, FSDPModule)
         self.masters = MasterWeights(self.model, named) if with_masters else None
         self.named_parameters = self.masters.named if self.masters else named
         self.parameters = list(self.named_parameters.values())
         self.base_learning_rate = config.learning_rate if learning_rate is None else learning_rate
         self.optimizer = make_optimizer(self.parameters, config, self.base_learning_rate)
+        for key, remainder in remainders.items():
+            self.optimizer.state[named[key]]["remainder"] = remainder
         self.skipped_in_a_row = 0
         self._bad_terms: dict[str, Tensor] = {}
 
@@ -174,7 +186,7 @@ class Engine:
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights as they are to be saved, for ``save_model``: on the main rank gathered from
-        all shards, float32 masters rather than their roundings, adapters merged in, and of tied
+        all shards, float32 values rather than their roundings, adapters merged in, and of tied
         weights only the first. Every rank must ask.
         """
         if isinstance(self.module, FSDPModule):
@@ -184,6 +196,9 @@ class Engine:
             weights = self.model.state_dict()
         if self.masters is not None:
             weights = {**weights, **self.masters.named}
+        elif isinstance(self.optimizer, AdamW8bit):
+            exact = {name: self.optimizer.float32(p) for name, p in self.named_parameters.items()}
+            weights = {**weights, **exact}
         first_names = {name for name, _ in self.model.named_parameters()}
         all_names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         tied = all_names - first_names
@@ -208,9 +223,12 @@ class Engine:
 
     def _gradient_norm(self) -> Tensor:
         """Norm of all gradients, over all ranks' shards; 0-dim."""
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients and gradients[0].dtype == torch.bfloat16:  # the norm needs more digits
+            return torch.stack(
+                [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+            ).norm()
+        norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _on_host(self, norm: Tensor) -> tuple[float, list[str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.engine.adamw_8bit import AdamW8bit, split
 from rlhf.engine.config import TrainingConfig
 
 
@@ -31,20 +33,46 @@ def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]
 def make_optimizer(
     parameters: list[nn.Parameter], config: TrainingConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), with weight decay on matrices only."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or with 8-bit moments, with weight decay on
+    matrices only.
+    """
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+    }
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adamw_8bit":
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
+
+
+@torch.no_grad()
+def to_bfloat16(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Make a float32 model bfloat16, one weight after the other.
+
+    Args:
+        model: Its weights, also those that are not trained, become bfloat16.
+        named: The trained ones, by name.
+
+    Returns:
+        By the same names what ``AdamW8bit`` keeps beside the weights, so that nothing of 24 bits
+        is lost.
+    """
+    remainders = {}
+    for name, parameter in named.items():
+        weights = torch.empty_like(parameter, dtype=torch.bfloat16)
+        remainders[name] = torch.empty_like(parameter, dtype=torch.int8)
+        split(parameter.detach(), 128, weights, remainders[name])
+        parameter.data = weights
+    model.bfloat16()  # the others
+    return remainders
 
 
 class MasterWeights:
