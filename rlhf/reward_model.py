@@ -29,6 +29,7 @@ from rlhf.models import (
     load_tokenizer,
     score_head,
 )
+from rlhf_kernels.linear_layers import use_fast_products
 
 # Scores of a few units carry rounding of about 1e-6; a difference below this is no preference.
 TIE_MARGIN = 1e-4
@@ -60,6 +61,7 @@ class RewardModel:
         self.dtype = dtype
         self.model = load_scalar_model(model)
         score_head(self.model)
+        use_fast_products(self.model)
         self.tokenizer = load_tokenizer(tokenizer, model)
         self.chat_format = ChatFormat(self.tokenizer, template)
         self.template = template
@@ -88,16 +90,20 @@ class RewardModel:
         self.model.config.reward_template = self.template
         save_model(self.model, self.tokenizer, folder, weights)
 
-    def shard(self, config: TrainingConfig) -> None:
-        """Split the weights over the ranks, as ``config.parallel`` says, for a model that is only
-        read. From then on every rank must score equally many responses at a time.
+    def freeze(self, config: TrainingConfig, parked_in: str | Path | None = None) -> None:
+        """Hold the weights of a model that is only read as the trained ones are held.
+
+        Args:
+            config: Under ``parallel`` "fsdp" or "hybrid" they are split over the ranks: from then
+                on every rank must score equally many responses at a time.
+            parked_in: Keep them in a file in this folder, and in memory while scoring alone.
         """
-        self._frozen = Frozen(self.model, config, exact=True)
+        self._frozen = Frozen(self.model, config, exact=True, parked_in=parked_in)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ``shard`` was called."""
-        return self._frozen is not None
+        """Whether ``freeze`` has split the weights over the ranks."""
+        return self._frozen is not None and self._frozen.is_sharded
 
     def score(
         self,

@@ -41,7 +41,12 @@ from rlhf.models import (
     score_head,
     token_scores,
 )
-from rlhf.models.trunk import attends_packed, packed_hidden_states
+from rlhf.models.packed import (
+    attending_by_rows,
+    attends_packed,
+    can_attend_by_rows,
+    packs,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -331,28 +336,76 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path: Path) -> None:
                 load(model)
 
 
+def padded_rows(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(4, 100, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) < torch.tensor([[7], [1], [0], [4]])
+    return ids, mask.flip(1) if side == "left" else mask
+
+
+FAMILIES: dict[str, Any] = {
+    "llama": tiny_llama,
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    ),
+}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_packed_one_behind_the_other_give_the_same(side: str) -> None:
-    """What flash attention is given; other attention understands it too, only slower."""
-    model = tiny_llama().eval()
-    ids = torch.randint(4, 100, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
-    mask = mask.flip(1) if side == "left" else mask
-    padded = hidden_states(model, ids, mask)
-    padded[mask].sum().backward()
-    expected = [p.grad.clone() for p in model.model.parameters()]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_packed_one_behind_the_other_give_the_same(family: str, side: str) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    ids, mask = padded_rows(side)
+    assert can_attend_by_rows(model) and packs(model, mask)
+    positions, trunk = position_ids_from_mask(mask), model.get_decoder()
+    padded = trunk(ids, attention_mask=mask.long(), position_ids=positions).last_hidden_state
+    padded[mask].square().sum().backward()
+    expected = [p.grad.clone() for p in trunk.parameters()]
     model.zero_grad()
-    packed = packed_hidden_states(model.model, ids, mask, position_ids_from_mask(mask))
+    packed = hidden_states(model, ids, mask)
     torch.testing.assert_close(packed[mask], padded[mask], rtol=1e-5, atol=1e-5)
     assert not packed[~mask].any()
-    packed.sum().backward()
-    for a, b in zip([p.grad for p in model.model.parameters()], expected, strict=True):
+    packed.square().sum().backward()
+    for a, b in zip([p.grad for p in trunk.parameters()], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_only_flash_attention_is_given_packed_rows() -> None:
+def test_rows_for_flash_attention_are_told_apart_by_their_positions() -> None:
+    """What flash attention is given; PyTorch's understands it too, only slower."""
+    model = tiny_llama().eval()
+    ids, mask = padded_rows("left")
+    positions = position_ids_from_mask(mask)
+    output = model.model(ids[mask][None], position_ids=positions[mask][None], use_cache=False)
+    packed = output.last_hidden_state[0]
+    torch.testing.assert_close(packed, hidden_states(model, ids, mask)[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_is_given_packed_rows() -> None:
     model = tiny_llama()
     assert not attends_packed(model)
     for name in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
         model.config._attn_implementation_internal = name
-        assert attends_packed(model)
+        assert attends_packed(model) and packs(model, torch.ones(2, 3))
+
+
+def test_rows_are_not_packed_where_that_would_be_wrong_or_slower() -> None:
+    mask = padded_rows("left")[1]
+    assert not packs(tiny_llama(), torch.ones_like(mask))
+    eager, checkpointed, compiled = tiny_llama(), tiny_llama(), tiny_llama()
+    eager.config._attn_implementation = "eager"
+    checkpointed.gradient_checkpointing_enable()
+    compiled.model.layers[1].compile()
+    sliding = Qwen3ForCausalLM(
+        Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    )
+    for model in (eager, checkpointed, compiled, sliding):
+        assert not packs(model, mask)
+
+
+def test_attention_is_as_before_after_an_error() -> None:
+    model = tiny_llama()
+    with pytest.raises(KeyError), attending_by_rows(model.model):
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"

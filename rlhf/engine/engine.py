@@ -22,6 +22,7 @@ from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summ
 from rlhf.engine.precision import autocast, resolve_dtype
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.world import World
+from rlhf_kernels.linear_layers import use_fast_products
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Engine:
         if config.gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable")  # noqa: B009 (not on nn.Module)
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        use_fast_products(self.model)
         if config.torch_compile:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True)

@@ -27,6 +27,7 @@ WITHOUT_EFFECT = frozenset(
         "micro_batch_tokens",
         "gradient_checkpointing",
         "torch_compile",
+        "frozen_on_disk",
         "max_skipped_steps",
         "save_every",
         "keep_checkpoints",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.loading import ModelError, model_name
+from rlhf.models.packed import packed_hidden_states, packs
 
 # What transformers calls a head that does more than hidden @ weight.T + bias. A small or untrained
 # model's logits would not show it, so the config is asked as well.
@@ -44,7 +45,7 @@ def hidden_states(
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
     if position_ids is None:
         position_ids = position_ids_from_mask(attention_mask)
-    if takes_positions and attends_packed(model):
+    if takes_positions and packs(model, attention_mask):
         return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
     # Models without the parameter (ALiBi) read positions off the attention mask.
     positions = {"position_ids": position_ids} if takes_positions else {}
@@ -52,28 +53,6 @@ def hidden_states(
         input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **positions
     )
     return output.last_hidden_state
-
-
-def attends_packed(model: Any) -> bool:
-    """Whether the model's attention takes sequences one behind the other, without padding."""
-    return "flash" in (getattr(model.config.get_text_config(), "_attn_implementation", "") or "")
-
-
-def packed_hidden_states(
-    trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-) -> Tensor:
-    """As ``hidden_states``, from real tokens alone: rows stand one behind the other in one row.
-
-    transformers tells them apart by positions that begin anew. Padding has hidden states of 0.
-    """
-    output = trunk(
-        input_ids=input_ids[attention_mask][None],
-        position_ids=position_ids[attention_mask][None],
-        attention_mask=None,
-        use_cache=False,
-    ).last_hidden_state[0]
-    hidden = output.new_zeros(*input_ids.shape, output.shape[-1])
-    return hidden.masked_scatter(attention_mask[..., None], output)
 
 
 def lm_head(model: Any) -> tuple[Tensor, Tensor | None]:

@@ -101,9 +101,10 @@ class PPOModels:
             add_lora(critic, config.critic_lora_rank, config.lora_alpha, seed=config.seed)
         if config.estimator.needs_critic and config.critic == "shared":
             add_value_head(policy)
-        if config.parallel in ("fsdp", "hybrid"):
+        parked_in = config.output_dir if config.frozen_on_disk else None
+        if config.parallel in ("fsdp", "hybrid") or parked_in is not None:
             for part in reward_models(reward):
-                part.shard(config)
+                part.freeze(config, parked_in)
         steps = config.total_updates * config.steps_per_update
         warmup = config.critic_warmup_updates * config.steps_per_update
         engine = Engine(policy, config, steps - warmup, name="the policy")
@@ -111,7 +112,9 @@ class PPOModels:
         return cls(
             policy=engine,
             critic=critic and Engine(critic, config, steps, learning_rate=rate, name="the critic"),
-            reference=WithoutAdapters(engine) if adapted else Frozen(reference, config),
+            reference=WithoutAdapters(engine)
+            if adapted
+            else Frozen(reference, config, parked_in=parked_in),
             context=min((length for length in lengths if length is not None), default=None),
             fingerprints=fingerprints,
         )

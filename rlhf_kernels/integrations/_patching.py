@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -46,12 +46,20 @@ class Peer:
     since: str
     before: str
 
+    @property
+    def versions(self) -> str:
+        return f">={self.since},<{self.before}"
+
+    def fits(self, version: str) -> bool:
+        return _release(self.since) <= _release(version) < _release(self.before)
+
 
 @dataclass(frozen=True)
 class Replacement:
     """One function of the peer, and ours.
 
     module: where the peer defines it; it has the name of ours.
+    ours: a function; or a class with `apply`, for an autograd.Function.
     owner: the module's class whose method it is; None: it is the module's own.
     constructor: a class that is built with the same arguments as the owner, whose instances the
         method therefore can read; checked, not replaced. None: the method reads nothing of them.
@@ -106,7 +114,7 @@ class Patch:
         """
         if self.active:
             raise PatchError(f"{self.peer.package} is patched already; unpatch it first")
-        self._check_version()
+        _fitting([self])
         theirs = [self._theirs_checked(replacement) for replacement in self.replacements]
         for replacement, function in zip(self.replacements, theirs):
             self._check_registered(replacement, function)
@@ -147,24 +155,19 @@ class Patch:
             if self.active:  # not where the block has unpatched
                 self.unpatch()
 
+    def theirs(self, ours: Function) -> Function:
+        """What the peer had in the place of ours while it is patched.
+
+        Raises:
+            PatchError: not patched.
+        """
+        if self._theirs is None:
+            raise PatchError(f"{self.peer.package} is not patched")
+        return self._theirs[self._ours.index(ours)]
+
     @property
     def _ours(self) -> list[Function]:
         return [replacement.ours for replacement in self.replacements]
-
-    def _check_version(self) -> None:
-        peer = self.peer
-        try:
-            found = importlib.metadata.version(peer.distribution)
-        except importlib.metadata.PackageNotFoundError as missing:
-            raise PatchError(
-                f"{peer.distribution} is not installed; these adapters are for "
-                f"{peer.distribution}>={peer.since},<{peer.before}"
-            ) from missing
-        if not _release(peer.since) <= _release(found) < _release(peer.before):
-            raise PatchError(
-                f"{peer.distribution} is of version {found}; these adapters are for "
-                f">={peer.since},<{peer.before}"
-            )
 
     def _theirs_checked(self, replacement: Replacement) -> Function:
         holder: ModuleType | type = _imported(replacement.module)
@@ -231,6 +234,57 @@ class Patch:
         ]
 
 
+class PatchByVersion:
+    """One peer's patches, each for other versions: the one that fits what is installed."""
+
+    def __init__(self, *patches: Patch) -> None:
+        self.patches = patches
+
+    def patch(self) -> list[str]:
+        """As `Patch.patch`, of the patch that fits.
+
+        Raises:
+            PatchError: as there; or the version installed is none of theirs.
+        """
+        return (self._active or _fitting(self.patches)).patch()
+
+    def unpatch(self) -> list[str]:
+        """As `Patch.unpatch`."""
+        return (self._active or self.patches[0]).unpatch()
+
+    def patched(self) -> AbstractContextManager[list[str]]:
+        """As `Patch.patched`, of the patch that fits.
+
+        Raises:
+            PatchError: as `patch`.
+        """
+        return (self._active or _fitting(self.patches)).patched()
+
+    @property
+    def _active(self) -> Patch | None:
+        return next((patch for patch in self.patches if patch.active), None)
+
+
+def _fitting(patches: Sequence[Patch]) -> Patch:
+    """The patch for the version that is installed.
+
+    Raises:
+        PatchError: none of them is for it, or none is installed.
+    """
+    name = patches[0].peer.distribution
+    versions = [patch.peer.versions for patch in patches]
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError as missing:
+        wanted = " or ".join(name + each for each in versions)
+        raise PatchError(f"{name} is not installed; these adapters are for {wanted}") from missing
+    for patch in patches:
+        if patch.peer.fits(found):
+            return patch
+    wanted = " or ".join(versions)
+    raise PatchError(f"{name} is of version {found}; these adapters are for {wanted}")
+
+
 def _imported(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -254,9 +308,7 @@ def _owner(module: str, name: str) -> type:
 
 def _check_signature(path: str, theirs: Function, ours: Function) -> None:
     if _parameters(theirs) != _parameters(ours):
-        raise PatchError(
-            f"{path} takes {inspect.signature(theirs)}; expected {inspect.signature(ours)}"
-        )
+        raise PatchError(f"{path} takes {_signature(theirs)}; expected {_signature(ours)}")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -267,8 +319,19 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _parameters(function: Function) -> list[tuple[str, Any, Any]]:
     """Names, kinds and defaults; annotations change nothing about a call."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = _signature(function).parameters.values()
     return [(each.name, each.kind, each.default) for each in parameters]
+
+
+def _signature(function: Function) -> inspect.Signature:
+    """Of an autograd.Function, or what stands in for one with an `apply` of its own: what that
+    takes; of another class what it is built with."""
+    if not isinstance(function, type):
+        return inspect.signature(function)
+    if not issubclass(function, torch.autograd.Function):
+        return inspect.signature(vars(function).get("apply", function))
+    _context, *parameters = inspect.signature(function.forward).parameters.values()
+    return inspect.Signature(parameters)
 
 
 def _compare(replacement: Replacement, theirs: Function) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
+from rlhf_kernels.linear_layers import fast_products, packed_for_sampling
 from rlhf_kernels.logprobs import token_logprobs
 
 
@@ -79,14 +80,15 @@ def batch_generation(
     found = []
     for query in queries.split(local_rollout_forward_batch_size):
         valid = query != pad_token_id
-        output = model.generate(  # type: ignore[operator]
-            input_ids=query.masked_fill(~valid, 0),
-            attention_mask=valid,
-            generation_config=generation_config,
-            return_dict_in_generate=True,
-            output_scores=True,
-            stopping_criteria=[_KeepsLogprobs()],
-        )
+        with packed_for_sampling(model, len(query)):
+            output = model.generate(  # type: ignore[operator]
+                input_ids=query.masked_fill(~valid, 0),
+                attention_mask=valid,
+                generation_config=generation_config,
+                return_dict_in_generate=True,
+                output_scores=True,
+                stopping_criteria=[_KeepsLogprobs()],
+            )
         found.append((output.sequences[:, queries.shape[1] :], torch.cat(output.scores, dim=1)))
     width = max(tokens.shape[1] for tokens, _ in found)
     tokens = torch.cat([_widen(tokens, width, pad_token_id) for tokens, _ in found])
@@ -111,7 +113,7 @@ def forward(model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any
         is a plain linear layer; with the critic's values [B, L, 1] from a pair.
     """
     valid = query_responses != pad_token_id
-    with deferred_head(model):
+    with deferred_head(model), fast_products(model):
         return model(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,
@@ -119,3 +121,37 @@ def forward(model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any
             return_dict=True,
             output_hidden_states=True,
         )
+
+
+def get_reward(
+    model: nn.Module, query_responses: Tensor, pad_token_id: int, context_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of padded sequences by a reward model or critic, as TRL 1.12.0's.
+
+    Args:
+        model: a Hugging Face sequence classifier whose head is called `score`.
+        query_responses: [B, L], int64, padded on either side.
+        pad_token_id: stands where there is no token.
+        context_length: where the responses begin.
+
+    Returns:
+        The scores [B, L, 1] at every place; those [B] at each response's last token before its
+        first padding; and the places [B] of these tokens, int64.
+    """
+    valid = query_responses != pad_token_id
+    trunk = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    with fast_products(model):
+        hidden = trunk(
+            input_ids=query_responses.masked_fill(~valid, 0),
+            attention_mask=valid,
+            position_ids=valid.cumsum(1) - valid.long(),
+            return_dict=True,
+            use_cache=False,
+        ).last_hidden_state
+        scores = model.score(hidden)  # type: ignore[operator]
+    padded = ~valid[:, context_length:]
+    width = padded.shape[1]
+    before = torch.where(padded.any(1), padded.long().argmax(1), width)
+    last = before - 1 + context_length
+    rows = torch.arange(len(last), device=last.device)
+    return scores, scores[rows, last].squeeze(-1), last

@@ -35,6 +35,40 @@ def entropy(function: Function) -> Sequence[Tensor]:
     return _with_gradients(function(logits, chunk_size=5), logits)
 
 
+def scaled_logprobs(function: Function) -> Sequence[Tensor]:
+    """With a temperature and a mask as well, which TRL 1.12 does not have."""
+    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    index = _tokens(_ROWS, _LENGTH)
+    found = function(logits, index, temperature=_TEMPERATURE, row_mask=_mask())
+    return [*logprobs(function), *_with_gradients(found, logits)]
+
+
+def logprobs_and_entropy(function: Function) -> Sequence[Tensor]:
+    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    series = logits, _tokens(_ROWS, _LENGTH)
+    both = function(*series, temperature=_TEMPERATURE, row_mask=_mask())
+    found, constant = function(*series, False)
+    return [
+        *_with_gradients(torch.stack(both), logits),
+        *_with_gradients(found, logits),
+        constant,
+        torch.tensor(constant.requires_grad),
+    ]
+
+
+def fused_head(function: Function) -> Sequence[Tensor]:
+    leaves = [_normal(_ROWS, 8), _normal(_VOCABULARY, 8), _normal(_VOCABULARY)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    targets, scale = _tokens(1, _ROWS)[0], 0.9
+    outputs = []
+    for names in ((), ("entropy",)):
+        found = function.apply(*leaves, targets, _TEMPERATURE, 5, None, scale, names)  # type: ignore[attr-defined]
+        present = torch.stack([each for each in found if each is not None])
+        for leaf in leaves:
+            outputs += _with_gradients(present, leaf)
+    return outputs
+
+
 def mean(function: Function) -> Sequence[Tensor]:
     x = _normal(_ROWS, _LENGTH).requires_grad_()
     return [
@@ -66,6 +100,20 @@ def forward(function: Function) -> Sequence[Tensor]:
         products = torch.nn.functional.softmax(logits, dim=-1) * logits
         entropies = torch.logsumexp(logits, dim=-1) - torch.sum(products, dim=-1)
     return [found, gradient, entropies]
+
+
+def reward(function: Function) -> Sequence[Tensor]:
+    """Of responses that end early, in their middle, and not at all."""
+    from transformers import LlamaForSequenceClassification
+
+    config = _tiny_model().config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(1)
+        model = LlamaForSequenceClassification(config).float().eval()
+    sequences = _tokens(_ROWS, _LENGTH)
+    sequences[0, 0] = sequences[1, 3:] = sequences[2, 4] = _PAD
+    return function(model, sequences, _PAD, 2)
 
 
 def generation(function: Function) -> Sequence[Tensor]:
@@ -121,4 +169,4 @@ def _mask() -> Tensor:
 def _with_gradients(output: Tensor, leaf: Tensor) -> list[Tensor]:
     """Under an upstream gradient that differs from place to place."""
     upstream = torch.linspace(0.5, 1.5, output.numel(), device="cpu").view(output.shape)
-    return [output, *torch.autograd.grad(output, leaf, upstream)]
+    return [output, *torch.autograd.grad(output, leaf, upstream, retain_graph=True)]

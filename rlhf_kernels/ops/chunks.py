@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import backends, checks
 from rlhf_kernels.backends.cpu import in_huge_pages
+from rlhf_kernels.ops.products import mm, onednn_is_faster, takes_onednn
 
 if TYPE_CHECKING:
     from rlhf_kernels.ops.shards import Shard
@@ -31,8 +32,13 @@ _NONE_IGNORED = -(2**61)
 
 
 def default_chunk_size(vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """Rows whose logits take about 64 MiB on a CPU, 256 MiB elsewhere, in multiples of 16."""
+    """Rows whose logits take about 64 MiB on a CPU, 256 MiB elsewhere, in multiples of 16.
+
+    Half of it where products come from oneDNN, in memory of their own: there are two chunks then.
+    """
     budget = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
+    if device == "cpu" and dtype == torch.float32 and onednn_is_faster():
+        budget //= 2
     rows = budget // (vocabulary * dtype.itemsize)
     return max(16, rows // 16 * 16)
 
@@ -91,8 +97,7 @@ class Rows:
         self._chunk_size = head.chunk_size or default_chunk_size(
             largest, head.dtype, hidden.device.type
         )
-        rows = min(self._chunk_size, self.count)
-        self._logits = in_huge_pages(hidden.new_empty(rows, columns, dtype=head.dtype))
+        self._buffer: Tensor | None = None
         self._kernels = backends.choose("token_logprobs_forward", self.weight, head.backend)
         self._gradients = backends.choose("token_logprobs_backward", self.weight, head.backend)
 
@@ -110,15 +115,24 @@ class Rows:
         for start in range(0, self.count, self._chunk_size):
             place = slice(start, min(start + self._chunk_size, self.count))
             hidden = self.pick(self._hidden, place).to(self.head.dtype)
-            logits = self._logits[: place.stop - place.start]
-            if self._bias is None:
-                torch.mm(hidden, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self._bias, hidden, self.weight.t(), out=logits)
+            logits = self._products(hidden)
             tau: float | Tensor = self._temperature
             if self._temperatures is not None:
                 tau = self.pick(self._temperatures, place)
             yield Chunk(place, hidden, logits, self.pick(self._targets, place), tau)
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """The logits of some rows, in the buffer of all chunks unless oneDNN makes them."""
+        columns = self.weight.t()
+        if self._bias is None and takes_onednn(hidden, columns):
+            return mm(hidden, columns)
+        if self._buffer is None:
+            rows = min(self._chunk_size, self.count)
+            self._buffer = in_huge_pages(hidden.new_empty(rows, columns.shape[1]))
+        logits = self._buffer[: hidden.shape[0]]
+        if self._bias is None:
+            return torch.mm(hidden, columns, out=logits)
+        return torch.addmm(self._bias, hidden, columns, out=logits)
 
     def logprobs(self, chunk: Chunk, need_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probabilities, entropies and normalization, over the ranks' whole vocabulary."""
@@ -172,7 +186,7 @@ class Gradients:
 
     def add(self, chunk: Chunk, grad_logits: Tensor) -> None:
         if self._needed[0]:
-            grad_hidden = torch.mm(grad_logits, self._rows.weight).to(self.hidden.dtype)
+            grad_hidden = mm(grad_logits, self._rows.weight).to(self.hidden.dtype)
             self._rows.put(self.hidden, chunk.place, grad_hidden)
         if self._needed[1]:
             _add_product(self.weight, grad_logits.t(), chunk.hidden)

@@ -268,6 +268,44 @@ def test_rounding_is_no_difference(peer: ModuleType, patch: Patch) -> None:
         assert places
 
 
+THEIR_FUNCTION = """
+import torch
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, by=2):
+        return x * by
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2, None
+"""
+
+
+class Doubled:
+    @staticmethod
+    def apply(x: Tensor, by: int = 2) -> Tensor:
+        return x * by
+
+
+@pytest.mark.parametrize("default", [2, 3])
+def test_an_autograd_function_is_called_by_apply(peer: ModuleType, default: int) -> None:
+    made = module("made_up.function", THEIR_FUNCTION.replace("by=2", f"by={default}"))
+    theirs = made.Doubled
+    numbers = torch.arange(3.0)
+    patch = Patch(
+        PEER, [Replacement("made_up.function", Doubled, lambda each: [each.apply(numbers)])]
+    )
+    if default == 3:
+        refuses(patch, "takes (x, by=3)", "expected (x: ")
+        return
+    with patch.patched():
+        assert made.Doubled is Doubled and patch.theirs(Doubled) is theirs
+    assert made.Doubled is theirs
+    with pytest.raises(PatchError, match="is not patched"):
+        patch.theirs(Doubled)
+
+
 # Methods
 
 

@@ -5,7 +5,6 @@ What is expected is TRL's own where TRL 1.12 is installed, else its definition, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -127,14 +126,6 @@ def test_trl_s_own(name: str) -> None:
     close(getattr(trl, name)(logits, *index), theirs(logits, *index), 16)
 
 
-def test_another_version_is_refused() -> None:
-    pytest.importorskip("trl")
-    if importlib.metadata.version("trl").startswith("1.12."):
-        pytest.skip("TRL 1.12 is installed")
-    with pytest.raises(trl.PatchError, match=r"trl is of version .* for >=1.12,<1.13"):
-        trl.patch()
-
-
 PATCH_AND_BACK = """
 import sys
 from rlhf_kernels.integrations import trl
@@ -144,7 +135,7 @@ with trl.patched() as places:
     assert ppo_trainer.forward is trl.forward
     assert ppo_trainer.selective_log_softmax is trl.selective_log_softmax
     assert ppo_trainer.PPOTrainer.train.__globals__["batch_generation"] is trl.batch_generation
-assert len(places) == 8, places
+assert len(places) == 10, places
 for name in ("forward", "batch_generation", "masked_whiten", "selective_log_softmax"):
     assert getattr(ppo_trainer, name).__module__.startswith("trl."), name
 """

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from rlhf_kernels.integrations import trl
 from rlhf_kernels.integrations._deferred_logits import DeferredLogits, deferred_head
@@ -196,3 +201,23 @@ def test_no_step_s_scores_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     options = GenerationConfig(max_new_tokens=3, do_sample=True, top_k=0)
     trl.batch_generation(policy, tokens(2, 4), 2, PAD, options)
     assert shapes == [8, 8, 8]  # one float32 for each of two sequences
+
+
+def test_rewards_are_read_at_the_last_token_before_padding() -> None:
+    config = model().config
+    config.num_labels = 1
+    critic = LlamaForSequenceClassification(config).eval()
+    sequences = tokens(4, 7)
+    sequences[0, 0] = PAD  # a prompt of three tokens
+    sequences[1, 5:] = PAD
+    sequences[2, 4] = PAD  # what follows the first padding does not count
+    sequences[3, 3:] = PAD  # an empty response: the prompt's last token
+    scores, rewards, places = trl.get_reward(critic, sequences, PAD, 3)
+    assert places.tolist() == [6, 4, 3, 2]
+    for row, place in enumerate(places.tolist()):
+        read = sequences[row : row + 1, : place + 1]
+        read = read[read != PAD][None]
+        hidden = critic.model(input_ids=read).last_hidden_state[0, -1]
+        expected = hidden @ critic.score.weight[0]
+        close(rewards[row], expected)
+        close(scores[row, place, 0], expected)

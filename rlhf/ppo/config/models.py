@@ -23,6 +23,8 @@ class ModelsConfig:
             peft. Null trains all weights.
         critic_lora_rank: The same for a critic of its own; its head is trained whole.
         lora_alpha: Adapters are scaled by lora_alpha / rank.
+        frozen_on_disk: Keep the weights of reference and reward model in a file in output_dir and
+            in memory only while they are read, once an update each. For a CPU.
     """
 
     critic: Literal["auto", "reward", "policy", "shared"] = "auto"
@@ -30,6 +32,7 @@ class ModelsConfig:
     lora_rank: int | None = None
     critic_lora_rank: int | None = None
     lora_alpha: int = 16
+    frozen_on_disk: bool = False
 
     def check_models(self) -> None:
         """Raise ValueError, naming the field, for a setting that makes no sense."""

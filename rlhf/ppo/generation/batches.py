@@ -15,6 +15,7 @@ from rlhf.ppo.generation.ending import Ending, StopAtStrings
 from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers
 from rlhf.ppo.generation.settings import GenerationSettings
+from rlhf_kernels.linear_layers import packed_for_sampling
 
 
 def sample_in_batches(
@@ -37,7 +38,11 @@ def sample_in_batches(
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
     config = generation_config(settings, ending, pad_id)
-    with generating(policy, config), autocast(resolve_dtype(settings.dtype, device), device):
+    with (
+        generating(policy, config),
+        packed_for_sampling(policy, settings.batch_size),
+        autocast(resolve_dtype(settings.dtype, device), device),
+    ):
         for start in range(0, len(order), settings.batch_size):
             chunk = order[start : start + settings.batch_size]
             ids, mask = pad_left([list(prompt_ids[row]) for row in chunk], pad_id)

@@ -1,0 +1,123 @@
+"""The trunk on real tokens alone: rows of a batch one behind the other, without padding.
+
+With flash attention transformers finds the rows by their positions. On a CPU an attention of our
+own goes from row to row; all other layers see one long row either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+BY_ROWS = "rlhf_by_rows"
+
+
+def packs(model: Any, attention_mask: Tensor) -> bool:
+    """Whether ``packed_hidden_states`` is right for the model and worth it for this batch."""
+    if attends_packed(model):
+        return True
+    return (
+        attention_mask.device.type == "cpu"
+        and can_attend_by_rows(model)
+        and not bool(attention_mask.all())
+    )
+
+
+def attends_packed(model: Any) -> bool:
+    """Whether the model's attention takes sequences one behind the other, without padding."""
+    return "flash" in (getattr(model.config.get_text_config(), "_attn_implementation", "") or "")
+
+
+def can_attend_by_rows(model: Any) -> bool:
+    """Whether the attention is PyTorch's, over all earlier tokens in every layer.
+
+    Compiled layers would be compiled anew for every batch, and checkpointed ones run again when
+    the batch is forgotten.
+    """
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and getattr(model, "_supports_attention_backend", False)
+        and getattr(config, "sliding_window", None) is None
+        and set(layers) == {"full_attention"}
+        and not any(
+            module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
+            for module in model.modules()
+        )
+    )
+
+
+def packed_hidden_states(
+    trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+) -> Tensor:
+    """The last hidden states [B, L, H] from the tokens where the mask is True; padding has 0."""
+    packed = {
+        "input_ids": input_ids[attention_mask][None],
+        "position_ids": position_ids[attention_mask][None],
+        "attention_mask": None,
+        "use_cache": False,
+    }
+    if attends_packed(trunk):
+        output = trunk(**packed)
+    else:
+        lengths = attention_mask.sum(1).tolist()
+        with attending_by_rows(trunk):
+            output = trunk(**packed, row_lengths=[length for length in lengths if length])
+    tokens = output.last_hidden_state[0]
+    hidden = tokens.new_zeros(*input_ids.shape, tokens.shape[-1])
+    return hidden.masked_scatter(attention_mask[..., None], tokens)
+
+
+@contextmanager
+def attending_by_rows(trunk: Any) -> Iterator[None]:
+    """The trunk's attention goes from row to row, over ``row_lengths``."""
+    AttentionInterface.register(BY_ROWS, attend_by_rows)
+    AttentionMaskInterface.register(BY_ROWS, no_mask)
+    config = trunk.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = BY_ROWS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attend_by_rows(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    row_lengths: Sequence[int],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row, in the form that transformers calls.
+
+    Args:
+        query, key, value: [1, heads, tokens, size], with fewer heads of key and value where groups
+            of heads share them.
+        row_lengths: Tokens of each row.
+
+    Returns:
+        [1, tokens, heads, size], and no attention weights.
+    """
+    rows = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for q, k, v in zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)))
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Each row is attended to by itself."""

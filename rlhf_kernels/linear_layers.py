@@ -1,0 +1,103 @@
+"""The linear layers of models on a CPU, multiplied by oneDNN where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kernels.ops.products import linear, onednn_is_faster
+
+
+def use_fast_products(model: nn.Module) -> None:
+    """Have a model's linear layers multiply float32 by `rlhf_kernels.ops.products.linear`.
+
+    Nothing changes where PyTorch's own products are as fast. Weights and names stay as they are.
+    """
+    if not onednn_is_faster():
+        return
+    for module in linear_layers(model):
+        module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """The same for what is called inside, backward passes of it included."""
+    with _keeping_forwards(linear_layers(model)):
+        use_fast_products(model)
+        yield
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias)
+
+
+@contextmanager
+def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
+    """The model's linear layers with weights laid out for products of a few rows, as sampling has.
+
+    A step of sampling reads every weight for a few rows: oneDNN rearranges them first, each time,
+    unless they lie as it wants them. The copy takes as much memory as the weights, and is gone
+    afterwards; they must not change inside.
+
+    Args:
+        model: Its float32 layers on a CPU are meant; others stay as they are.
+        rows: How many there will be, about.
+    """
+    if not onednn_is_faster():
+        yield
+        return
+    layers = [
+        layer
+        for layer in linear_layers(model)
+        if layer.weight.dtype == torch.float32 and type(layer.weight.data) is Tensor
+    ]
+    with _keeping_forwards(layers):
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = _with_packed(layer, packed)  # type: ignore[method-assign]
+        yield
+
+
+@contextmanager
+def _keeping_forwards(layers: list[nn.Linear]) -> Iterator[None]:
+    """Puts back what the layers' `forward` was, of the class or of the layer's own."""
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before):
+            if forward is not None:
+                layer.forward = forward  # type: ignore[method-assign]
+            else:
+                vars(layer).pop("forward", None)
+
+
+def _with_packed(layer: nn.Linear, packed: Tensor) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+            return nn.functional.linear(x, layer.weight, layer.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
+
+    return forward
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Those that are `nn.Linear` itself, on a CPU: subclasses multiply as they see fit, and so does
+    a layer whose forward someone else has replaced.
+    """
+    return [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and module.weight.device.type == "cpu"
+        and _is_ours_or_the_class_s(vars(module).get("forward"))
+    ]
+
+
+def _is_ours_or_the_class_s(forward: Any) -> bool:
+    return forward is None or getattr(forward, "__func__", None) is _forward

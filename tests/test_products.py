@@ -1,0 +1,165 @@
+"""Float32 products on a CPU by oneDNN, also on machines where PyTorch's own would be taken."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf_kernels.linear_layers import fast_products, packed_for_sampling, use_fast_products
+from rlhf_kernels.ops import products
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN"
+)
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr("rlhf_kernels.linear_layers.onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "SMALL", 1)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_product(found: Tensor, left: Tensor, right: Tensor) -> None:
+    """Each entry's rounding is below K·eps times the sum of its terms' sizes (Higham 2002, 3.1)."""
+    left, right = left.double(), right.double()
+    bound = left.shape[-1] * EPS * (left.abs() @ right.abs())
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - left @ right).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (3, 5, 7), (63, 576, 192), (16, 64, 1)])
+def test_products_are_exact_to_rounding_in_any_layout(m: int, k: int, n: int) -> None:
+    left, right = normal(m, k, seed=1), normal(k, n, seed=2)
+    layouts = [lambda x: x, lambda x: x.t().contiguous().t(), lambda x: x.repeat(1, 2)[:, ::2]]
+    for of_left in layouts:
+        for of_right in layouts:
+            a, b = of_left(left), of_right(right)
+            assert products.takes_onednn(a, b)
+            assert_product(products.mm(a, b), a, b)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_linear_are_those_of_pytorch_in_float64(with_bias: bool) -> None:
+    inputs = [normal(2, 5, 12, seed=1), normal(9, 12, seed=2)]
+    inputs += [normal(9, seed=3)] if with_bias else []
+    leaves = [x.requires_grad_() for x in inputs]
+    upstream = normal(2, 5, 9, seed=4)
+    found = torch.autograd.grad(products.linear(*leaves), leaves, upstream)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(nn.functional.linear(*wide), wide, upstream.double())
+    x, weight, rows = wide[0].reshape(10, 12), wide[1], upstream.double().reshape(10, 9)
+    sums = [rows.abs() @ weight.abs(), rows.abs().t() @ x.abs(), rows.abs().sum(0)]
+    for ours, theirs, terms, count in zip(found, expected, sums, (9, 10, 10)):
+        assert ours.dtype == torch.float32 and ours.shape == theirs.shape
+        bound = count * EPS * terms.reshape(theirs.shape)
+        assert bool(((ours.double() - theirs).abs() <= bound).all())
+
+
+def test_linear_is_a_registered_operator() -> None:
+    x, weight = normal(4, 6, seed=1).requires_grad_(), normal(5, 6, seed=2).requires_grad_()
+    torch.library.opcheck(torch.ops.rlhf_kernels.linear.default, (x, weight, None))
+    torch.library.opcheck(torch.ops.rlhf_kernels.linear.default, (x, weight, normal(5, seed=3)))
+
+
+def test_second_derivatives_raise() -> None:
+    x, weight = normal(4, 6, seed=1).requires_grad_(), normal(5, 6, seed=2)
+    (gradient,) = torch.autograd.grad(products.linear(x, weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient.sum().backward()
+
+
+def test_other_types_and_autocast_are_left_to_pytorch() -> None:
+    x, weight = normal(4, 6, seed=1), normal(5, 6, seed=2)
+    for dtype in (torch.float64, torch.bfloat16):
+        a, b = x.to(dtype), weight.to(dtype)
+        assert torch.equal(products.linear(a, b), nn.functional.linear(a, b))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_nothing_and_no_rows_have_a_product() -> None:
+    assert products.mm(normal(0, 6, seed=1), normal(6, 5, seed=2)).shape == (0, 5)
+    assert products.linear(normal(2, 0, 6, seed=1), normal(5, 6, seed=2)).shape == (2, 0, 5)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Doubled(8, 5), nn.Linear(5, 3, bias=False))
+
+
+def test_a_model_keeps_its_weights_values_and_subclasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_model(), normal(4, 6, seed=1)
+    names, before = list(model.state_dict()), model(x)
+    called = []
+    plain = products.linear
+    monkeypatch.setattr(
+        "rlhf_kernels.linear_layers.linear", lambda *args: called.append(1) or plain(*args)
+    )
+    use_fast_products(model)
+    torch.testing.assert_close(model(x), before)
+    assert len(called) == 2 and list(model.state_dict()) == names
+
+
+def test_a_forward_that_someone_else_has_put_there_stays() -> None:
+    model = small_model()
+    model[0].forward = theirs = lambda x: x
+    use_fast_products(model)
+    with fast_products(model), packed_for_sampling(model, rows=4):
+        assert model[0].forward is theirs and "forward" in vars(model[3])
+    assert model[0].forward is theirs
+
+
+def test_a_model_can_have_them_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_model(), normal(4, 6, seed=1)
+    model(x).sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with fast_products(model):
+        assert "forward" in vars(model[0]) and "forward" not in vars(model[2])
+        output = model(x)
+    assert "forward" not in vars(model[0])
+    output.sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_same_gradients() -> None:
+    model, x = small_model(), normal(4, 6, seed=1)
+    use_fast_products(model)
+    model(x).square().sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True)(x).square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+
+
+def test_weights_packed_for_sampling_are_gone_afterwards() -> None:
+    model, x = small_model(), normal(4, 6, seed=1)
+    use_fast_products(model)
+    with torch.no_grad():
+        before, forwards = model(x), [layer.forward for layer in model]
+        with packed_for_sampling(model, rows=4):
+            torch.testing.assert_close(model(x), before)
+            assert model[0].forward != forwards[0] and model[2].forward == forwards[2]
+        assert [layer.forward for layer in model] == forwards
+        model[0].weight.zero_()
+        with packed_for_sampling(model, rows=4):
+            assert not bool((model(x) == before).all())
+    plain = small_model()
+    with pytest.raises(KeyError), packed_for_sampling(plain, rows=4):
+        raise KeyError
+    assert "forward" not in vars(plain[0])
