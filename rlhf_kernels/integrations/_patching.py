@@ -324,9 +324,8 @@ def _parameters(function: Function) -> list[tuple[str, Any, Any]]:
 
 
 def _signature(function: Function) -> inspect.Signature:
-    """Of an autograd.Function or what stands in for one: what its `apply` takes. Of any other
-    class: what it is built with.
-    """
+    """Of an autograd.Function, or what stands in for one with an `apply` of its own: what that
+    takes; of another class what it is built with."""
     if not isinstance(function, type):
         return inspect.signature(function)
     if not issubclass(function, torch.autograd.Function):
