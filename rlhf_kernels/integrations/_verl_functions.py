@@ -174,7 +174,8 @@ def compute_policy_loss_vanilla(
     )
     names = ("clip_fraction", "approx_kl_k1", "dual_clip_fraction")
     clipped, kl, dual_clipped = torch.stack([getattr(stats, name) for name in names]).tolist()
-    dtype = _loss_dtype(loss_agg_mode, log_prob, old_log_prob, advantages, rollout_is_weights)
+    series = log_prob, old_log_prob, advantages, rollout_is_weights, response_mask
+    dtype = _loss_dtype(loss_agg_mode, *series)
     return or_nan(loss, divisor).to(dtype), {
         "actor/pg_clipfrac": clipped,
         "actor/ppo_kl": kl,
@@ -216,7 +217,7 @@ def compute_value_loss(
         ),
         normalizer=divisor,
     )
-    dtype = _loss_dtype(loss_agg_mode, vpreds, returns, values)
+    dtype = _loss_dtype(loss_agg_mode, vpreds, returns, values, response_mask)
     return or_nan(loss, divisor).to(dtype), stats.value_clip_fraction.float()
 
 

@@ -378,7 +378,9 @@ def test_policy_loss(
     log_ratios = (new.double() - old.double()).abs().clamp(max=20)
     size = 1 + float(log_ratios.max())
     for name, number in ours.items():
-        assert number == pytest.approx(theirs[name], abs=64 * eps(dtype) * size)
+        # verl counts what was clipped in float32, also where the losses are float64.
+        rounding = max(eps(dtype), eps(torch.float32) if "clipfrac" in name else 0)
+        assert number == pytest.approx(theirs[name], abs=64 * rounding * size)
     # A term is at most the dual clip's, and a log-ratio's rounding that much in its ratio.
     bound = 2.5 * advantages.double().abs() * (1 if weights is None else weights.double())
     terms = float(algorithms.agg_loss(bound * (1 + log_ratios.clamp(max=1)), mask, mode, **whole))
