@@ -73,7 +73,7 @@ class Session:
         if self.device == "cuda":
             own = [ours(name) for name in backends.BACKENDS if name != "reference"]
         only = (*own, *(name + ENTROPY for name in own), *others)
-        used = memory_of(loaded, [case], only) if with_memory else {}
+        used = memory_of([case], only) if with_memory else {}
         result = measure(
             loaded,
             case,

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -293,6 +293,36 @@ def test_memory_of_a_case_is_measured_in_a_fresh_process() -> None:
     assert kept == {own: approx(1, rel=0.1), "eager": approx(1, rel=0.1)}
     # The gradients are scaled in place: beyond them nothing large is needed.
     assert found[case.title]["eager"].extra > gradients > 10 * found[case.title][own].extra
+
+
+@linux
+def test_a_case_that_ends_the_measuring_process_costs_no_other(monkeypatch, capsys):
+    first, second, third = (replace(LOGITS, sizes={"N": 8, "V": size}) for size in (10, 20, 30))
+    asked = []
+
+    def dies_at_the_second(request: str, _: float, take: Callable[[str], None]) -> str:
+        asked.append([Case(**fields).title for fields in json.loads(request)["cases"]])
+        take("a library's greeting\n")
+        for title in asked[-1]:
+            take(json.dumps({"case": title}) + "\n")
+            if title == second.title:
+                return "Killed"
+            take(json.dumps({"case": title, "variant": "eager", "peak": 2, "kept": 1}) + "\n")
+        return ""
+
+    monkeypatch.setattr(memory, "_run_process", dies_at_the_second)
+    found = memory.in_a_fresh_process([first, second, third])
+    assert found == {case.title: {"eager": memory.Memory(2, 1)} for case in (first, third)}
+    assert asked == [[first.title, second.title, third.title], [third.title]]
+    shown = ["  token_logprobs", "memory: the measuring process ended early: Killed"]
+    assert capsys.readouterr().out.splitlines() == [*shown, shown[0]]
+
+
+@linux
+def test_a_measuring_process_that_does_not_start_is_not_started_again(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "_run_process", lambda *_: "ImportError: no")
+    assert memory.in_a_fresh_process([LOGITS, LOGITS]) == {}
+    assert capsys.readouterr().out.count("ended early: ImportError: no") == 1
 
 
 def test_the_command_writes_whole_files(

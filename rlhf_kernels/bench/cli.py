@@ -47,10 +47,11 @@ def _run(options: argparse.Namespace, about: dict[str, object]) -> list[report.R
     cases = {operation.name: list(operation.cases(grid)) for operation in chosen}
     progress = Progress(sum(map(len, cases.values())))
     rows: list[report.Row] = []
+    # In one process for all: its imports and the start of the compiler take seconds each time.
+    every = [case for own in cases.values() for case in own]
+    used = memory_of(every, rivals=options.peers, tell=progress.tell)
     for operation in chosen:
-        own = cases[operation.name]
-        used = memory_of(operation, own, rivals=options.peers, tell=progress.tell)
-        for case in own:
+        for case in cases[operation.name]:
             progress.next_case()
             result = measure(
                 operation,

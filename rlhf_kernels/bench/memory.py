@@ -99,29 +99,56 @@ def in_a_fresh_process(
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: by each case's title, the memory of its variants (those in `only`), no floors.
 
-    What could not be measured, here or in time, has no entry. rivals: the peers among them.
+    What could not be measured, here or in time, has no entry; a case that ends the process does
+    not take those after it along. rivals: the peers among them.
     """
-    if not _CLEAR.exists():
-        return {}
-    asked = {
-        "cases": [asdict(case) for case in cases],
-        "only": None if only is None else list(only),
-        "rivals": list(rivals),
-    }
     found: dict[str, dict[str, Memory]] = {}
-
-    def take(line: str) -> None:
-        if line.startswith("{") and line.endswith("}\n"):
-            entry = json.loads(line)
-            used = Memory(entry["peak"], entry["kept"])
-            found.setdefault(entry["case"], {})[entry["variant"]] = used
-            tell(f"memory of {entry['case']}: {entry['variant']}")
-
-    why = _run_process(json.dumps(asked), seconds_a_case * len(cases), take)
-    tell("")
-    if why:
-        print(f"memory: the measuring process ended early: {why}")
+    left = list(cases) if _CLEAR.exists() else []
+    while left:
+        asked = {
+            "cases": [asdict(case) for case in left],
+            "only": None if only is None else list(only),
+            "rivals": list(rivals),
+        }
+        listener = _Listener(found, tell)
+        why = _run_process(json.dumps(asked), seconds_a_case * len(left), listener.take)
+        tell("")
+        if why:
+            print(f"memory: the measuring process ended early: {why}")
+        # One that did not come to its first case would not come to the next either.
+        left = left[listener.begun :] if why and listener.begun else []
     return found
+
+
+class _Listener:
+    """Takes the lines of the fresh process, of which other libraries may print some."""
+
+    def __init__(self, found: dict[str, dict[str, Memory]], tell: Tell) -> None:
+        self._found, self._tell = found, tell
+        self._operation = ""
+        self.begun = 0  # cases
+
+    def take(self, line: str) -> None:
+        if not (line.startswith("{") and line.endswith("}\n")):
+            return
+        entry = json.loads(line)
+        title = entry["case"]
+        if "variant" not in entry:
+            self.begun += 1
+            self._show(title)
+            return
+        used = Memory(entry["peak"], entry["kept"])
+        self._found.setdefault(title, {})[entry["variant"]] = used
+        self._tell(f"memory of {title}: {entry['variant']}")
+
+    def _show(self, title: str) -> None:
+        """An operation has a line that stays: where nothing is rewritten, too, a run shows life."""
+        operation = title.split(",")[0]
+        if operation != self._operation:
+            self._tell("")
+            print(f"  {operation}")
+            self._operation = operation
+        self._tell(f"memory of {title}")
 
 
 def _run_process(request: str, seconds: float, take: Callable[[str], None]) -> str:
@@ -171,9 +198,10 @@ def _resident(field: str) -> int:
 
 
 def _main(request: str) -> None:
-    """The fresh process: a line of JSON for each variant, as soon as it is measured."""
+    """The fresh process: a line of JSON for each case that begins and each variant measured."""
     asked = json.loads(request)
     for case in (Case(**fields) for fields in asked["cases"]):
+        print(json.dumps({"case": case.title}), flush=True)
         torch.manual_seed(0)
         forget_compiled()
         _measure_case(case, asked["only"], asked["rivals"])

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from rlhf_kernels.bench import machine, memory, report
+from rlhf_kernels.bench import machine, memory, operations, report
 from rlhf_kernels.bench.memory import Memory
 from rlhf_kernels.bench.operation import Case, Operation, forget_compiled
 from rlhf_kernels.bench.peers import PEERS
@@ -29,7 +29,6 @@ class Result:
 
 
 def memory_of(
-    operation: Operation,
     cases: Sequence[Case],
     only: Collection[str] | None = None,
     *,
@@ -37,10 +36,10 @@ def memory_of(
     tell: Tell = silent,
 ) -> dict[str, dict[str, Memory]]:
     """On a CPU: the memory of the cases' variants, by title and name. On CUDA `measure` sees it."""
-    fitting = [c for c in cases if c.device == "cpu" and _does_not_fit(operation, c) is None]
+    fitting = [c for c in cases if c.device == "cpu" and _fits(c)]
     if not fitting:
         return {}
-    print(f"\n{operation.name}: memory of {len(fitting)} cases, in a process of their own")
+    print(f"\nmemory of {len(fitting)} cases, in a process of their own")
     return memory.in_a_fresh_process(fitting, only, rivals=rivals, tell=tell)
 
 
@@ -97,6 +96,10 @@ def measure(
     del plan, variants
     gc.collect()
     return Result(rows, comparison, floors, used, absent)
+
+
+def _fits(case: Case) -> bool:
+    return _does_not_fit(operations.load(case.operation), case) is None
 
 
 def _does_not_fit(operation: Operation, case: Case) -> str | None:

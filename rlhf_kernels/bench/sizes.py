@@ -16,9 +16,7 @@ class Size:
     seconds: float
 
 
-def _sizes(large: Grid, vocabularies: tuple[int, ...]) -> dict[str, Size]:
-    """vocabularies: of the default size."""
-    default = replace(large, vocabularies=vocabularies)
+def _sizes(large: Grid, default: Grid) -> dict[str, Size]:
     small = replace(large, rows=64, hidden=64, vocabularies=(32_000,), sequences=((8, 128),))
     return {
         "small": Size(small, turns=3, seconds=1.0),
@@ -29,14 +27,11 @@ def _sizes(large: Grid, vocabularies: tuple[int, ...]) -> dict[str, Size]:
 
 # Llama 2, SmolLM2, Llama 3, Qwen 2.5, Gemma 3.
 _VOCABULARIES = (32_000, 49_152, 128_256, 151_936, 262_144)
+# Few processors multiply bfloat16 faster than float32; the products then hide all else.
+_CPU = Grid("cpu", 256, 576, _VOCABULARIES, ("float32", "bfloat16"), ("float32",))
+_CUDA = Grid("cuda", 8192, 4096, _VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",))
 SIZES = {
-    # Few processors multiply bfloat16 faster than float32; the products then hide all else.
-    # SmolLM2's hidden size, and by default its vocabulary alone: two cores then take minutes.
-    "cpu": _sizes(
-        Grid("cpu", 256, 576, _VOCABULARIES, ("float32", "bfloat16"), ("float32",)), (49_152,)
-    ),
-    "cuda": _sizes(
-        Grid("cuda", 8192, 4096, _VOCABULARIES, ("bfloat16", "float32"), ("bfloat16",)),
-        (32_000, 128_256),
-    ),
+    # By default of one size each: two cores then take some minutes.
+    "cpu": _sizes(_CPU, replace(_CPU, vocabularies=(32_000,), sequences=((512, 1024),))),
+    "cuda": _sizes(_CUDA, replace(_CUDA, vocabularies=(32_000, 128_256))),
 }
