@@ -34,6 +34,8 @@ def settings(work: Work, folder: str) -> PPOConfig:
         max_new_tokens=work.response,
         dtype=work.dtype,
         weights=work.weights,
+        optimizer=work.optimizer,
+        frozen_on_disk=True,
         critic="shared" if work.critic == "shared" else "reward",
         temperature=TEMPERATURE,
         learning_rate=LEARNING_RATE,

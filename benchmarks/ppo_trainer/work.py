@@ -36,6 +36,7 @@ class Work:
         models: Folder with ``policy`` and ``reward``.
         dtype: Of matrix products. TRL has no such setting: its weights have this type.
         weights: Type of our weights.
+        optimizer: Ours; TRL's is PyTorch's AdamW, with moments of the weights' type.
         critic: ``separate`` or, ours alone, ``shared``.
         varied: Whether responses end at different lengths instead of at the longest.
         updates: How many are timed, after one that is not.
@@ -44,6 +45,7 @@ class Work:
     models: str
     dtype: Number = "float32"
     weights: Number = "float32"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     critic: Literal["separate", "shared"] = "separate"
     varied: bool = False
     updates: int = 1
