@@ -92,6 +92,13 @@ def cases(quick: bool, updates: int) -> list[Case]:
     ]
 
 
+def _described(case: Case) -> dict[str, object]:
+    """A case for the record, without the folder that its models are in here."""
+    found = asdict(case)
+    del found["training"]["work"]["models"]
+    return found
+
+
 def _models_of_a_large_vocabulary() -> Path:
     """Two small layers drawn at random; SmolLM2's tokenizer, which uses a part of the tokens."""
     folder, smollm2 = KEPT / f"vocabulary-{VOCABULARY}", KEPT / "smollm2" / "policy"
@@ -205,7 +212,7 @@ def main() -> None:
             "targets": [{**asdict(target), "met": target.met} for target in targets],
             "cases": [
                 {
-                    "case": asdict(outcome.case),
+                    "case": _described(outcome.case),
                     "deviations": [
                         {**asdict(each), "within": each.within} for each in outcome.deviations
                     ],
