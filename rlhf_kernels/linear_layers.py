@@ -48,7 +48,9 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
         model: Its float32 layers on a CPU are meant; others stay as they are.
         rows: How many there will be, about.
     """
-    if not onednn_is_faster():
+    # A compiler would have to know what packed weights look like.
+    compiled = any(module._compiled_call_impl for module in model.modules())
+    if compiled or not onednn_is_faster():
         yield
         return
     layers = [

@@ -163,3 +163,10 @@ def test_weights_packed_for_sampling_are_gone_afterwards() -> None:
     with pytest.raises(KeyError), packed_for_sampling(plain, rows=4):
         raise KeyError
     assert "forward" not in vars(plain[0])
+
+
+def test_compiled_layers_are_not_packed() -> None:
+    model = small_model()
+    model[3].compile()
+    with packed_for_sampling(model, rows=4):
+        assert "forward" not in vars(model[0]) and "forward" not in vars(model[3])
