@@ -13,6 +13,7 @@ from small_trainings import ppo_with_a_reward_model
 from tiny_models import tiny_llama
 from torch import nn
 
+from rlhf import PPOConfig
 from rlhf.engine import Frozen, TrainingConfig
 from rlhf.engine.parked import ParkedWeights
 from rlhf.files import OutputError
@@ -82,3 +83,8 @@ def test_weights_on_a_gpu_are_not_parked(tmp_path: Path, monkeypatch: pytest.Mon
     frozen = Frozen(nn.Linear(3, 5), TrainingConfig(dtype="float32"))
     with pytest.raises(ValueError, match="frozen_on_disk"):
         frozen._park(torch.device("cuda"), tmp_path)
+
+
+def test_a_word_is_no_setting() -> None:
+    with pytest.raises(ValueError, match="frozen_on_disk='no' must be one of False, True"):
+        PPOConfig(frozen_on_disk="no")  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ class ModelsConfig:
         check_number(self, "lora_rank", at_least=1, integer=True, optional=True)
         check_number(self, "critic_lora_rank", at_least=1, integer=True, optional=True)
         check_number(self, "lora_alpha", at_least=1, integer=True)
+        check_choice(self, "frozen_on_disk", (False, True))
         if self.critic == "shared":
             self._check_shared()
 
