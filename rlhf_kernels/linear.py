@@ -224,11 +224,13 @@ def group_name(group: ProcessGroup | None) -> str | None:
     """What stands for a group in an operator's schema."""
     if group is None:
         return None
-    if not hasattr(group, "group_name"):
+    # Not hasattr: torch.compile of PyTorch 2.11 knows no such question to a group.
+    name = getattr(group, "group_name", None)
+    if not isinstance(name, str):
         raise TypeError(
             f"group is {group!r}; expected a process group, as torch.distributed.new_group gives"
         )
-    return group.group_name
+    return name
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
