@@ -7,7 +7,6 @@ import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from trl.experimental.ppo import PPOTrainer
 
 from benchmarks.integrations.training import SEED, Trained, Training
 from benchmarks.ppo_trainer.trl_side import Clock, settings
-from benchmarks.ppo_trainer.work import PAD, Work, force_lengths
+from benchmarks.ppo_trainer.work import PAD, Work, force_lengths, peak_mib
 from rlhf_kernels.integrations import trl as adapters
 
 
@@ -66,7 +65,7 @@ def trainer_of(training: Training, folder: str, callbacks: list[TrainerCallback]
 def run(training: Training) -> Trained:
     torch.manual_seed(SEED)
     np.random.seed(SEED)  # TRL shuffles the sequences of each epoch with numpy's
-    clock, logged = Clock(), Logged()
+    clock, logged = Clock(training.work), Logged()
     patch: AbstractContextManager[list[str]] = nullcontext([])
     if training.patched:
         patch = adapters.patched()
@@ -75,9 +74,7 @@ def run(training: Training) -> Trained:
         with patch as replaced:
             trainer.train()
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:])]
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(line for line in status if line.startswith("VmHWM:"))
-    return Trained(logged.metrics, seconds, int(peak.split()[1]) / 1024, replaced)
+    return Trained(logged.metrics, seconds, peak_mib(training.work), replaced)
 
 
 def main() -> None:

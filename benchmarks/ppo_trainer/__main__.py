@@ -1,11 +1,13 @@
 """PPOTrainer beside TRL 1.12.0's on the same work: seconds an update and peak memory.
 
-    python -m benchmarks.ppo_trainer [--cases NAME ...] [--turns N] [--updates N] [--quick]
-                                     [--output PATH]
+    python -m benchmarks.ppo_trainer [--device cpu|cuda] [--cases NAME ...] [--turns N]
+                                     [--updates N] [--quick] [--models FOLDER] [--output PATH]
 
-SmolLM2-135M, 16 prompts of 32 tokens, responses of 32, 4 epochs of one optimizer step each. Every
+SmolLM2-135M, 16 prompts of 32 tokens, responses of 32 (on a GPU 64 of 128 and 128), 4 epochs of one
+optimizer step each. Every
 run is a process of its own; the runs take turns. Prints a table, then met or NOT MET for each
-target, and writes benchmarks/results/ppo_trainer.json, or PATH. Run it on a quiet machine.
+target, and writes benchmarks/results/ppo_trainer.json (on a GPU
+ppo_trainer-cuda.json), or PATH. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from benchmarks.ppo_trainer.cases import (
     Case,
@@ -25,8 +28,8 @@ from benchmarks.ppo_trainer.cases import (
     peak_mib,
     seconds_ratio,
 )
-from benchmarks.ppo_trainer.inputs import models, trl_python
-from benchmarks.ppo_trainer.work import Report
+from benchmarks.ppo_trainer.inputs import drawn_models, models, trl_python
+from benchmarks.ppo_trainer.work import Device, Report
 from benchmarks.targets import RESULTS, print_targets
 from rlhf_kernels.bench.machine import machine, print_machine
 from rlhf_kernels.bench.report import write_whole
@@ -96,6 +99,7 @@ def print_case(case: Case, found: list[dict[str, object]]) -> None:
 def main() -> None:
     names = list(cases("", 1))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=get_args(Device), default="cpu")
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME",
                         help=f"of {', '.join(names)}; all unless given")  # fmt: skip
     parser.add_argument("--turns", type=int, default=2, help="processes of each run (2)")
@@ -103,16 +107,22 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model; JSON only with --output"
     )
+    parser.add_argument(
+        "--models", type=Path, metavar="FOLDER", help="with `policy`, a model or what makes one"
+    )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     options = parser.parse_args()
-    output = options.output or (None if options.quick else RESULTS / "ppo_trainer.json")
+    file = "ppo_trainer.json" if options.device == "cpu" else "ppo_trainer-cuda.json"
+    output = options.output or (None if options.quick else RESULTS / file)
     about = machine()
     print_machine(about)
     trl_python()
-    folder = str(models(tiny=options.quick))
+    folder = drawn_models(options.models) if options.models else models(tiny=options.quick)
     warn_if_busy()
     chosen = [
-        case for name, case in cases(folder, options.updates).items() if name in options.cases
+        case
+        for name, case in cases(str(folder), options.updates, options.device).items()
+        if name in options.cases
     ]
     runs = list(dict.fromkeys(run for case in chosen for run in case.runs))
     reports = take_turns(runs, options.turns)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
 from benchmarks.ppo_trainer.inputs import ROOT, trl_python
-from benchmarks.ppo_trainer.work import Number, Report, Work
+from benchmarks.ppo_trainer.work import Device, Number, Report, Work
 from benchmarks.targets import Target
 
 TRL, OURS, FLOOR = "trl", "ours", "floor"
@@ -43,7 +43,7 @@ class Run:
         ended = subprocess.run(
             [python, "-m", program, json.dumps(asdict(self.work))],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            env=environment(self.work),
             capture_output=True,
             text=True,
         )
@@ -62,6 +62,13 @@ class Run:
                 f"steps instead of {steps}, or responses of {report.lengths} tokens instead of "
                 f"{self.work.lengths}"
             )
+
+
+def environment(work: Work) -> dict[str, str]:
+    """Of a run's process: this project first, no hub, and no GPU where it is not to use one."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if work.device == "cpu" else {}
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **hidden}
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,13 @@ class Case:
         return found
 
 
-def cases(models: str, updates: int) -> dict[str, Case]:
+def cases(models: str, updates: int, device: Device = "cpu") -> dict[str, Case]:
     """All of them, by name."""
     found = {}
     for dtype in get_args(Number):
-        work = Work(models, dtype=dtype, updates=updates)
+        work = Work(models, dtype=dtype, updates=updates, device=device)
+        if device == "cuda":  # more, to be worth a GPU's while
+            work = replace(work, batch=64, micro_batch=32, prompt=128, response=128)
         in_dtype = replace(work, weights=dtype)
         shared = replace(in_dtype, critic="shared")
         varied = replace(in_dtype, varied=True)

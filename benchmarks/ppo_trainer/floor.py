@@ -7,7 +7,6 @@ is trained forward and backward in each epoch. Rows are read in the order of the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from benchmarks.ppo_trainer.work import (
     Report,
     Work,
     force_lengths,
+    now,
     run_side,
     timed_updates,
 )
@@ -40,11 +40,12 @@ def trunk(model: Any, ids: Tensor) -> Tensor:
 
 def run(work: Work) -> Report:
     tokenizer = AutoTokenizer.from_pretrained(work.policy_folder)
-    prompts = torch.tensor([tokenizer(text)["input_ids"] for text in work.prompts(tokenizer)])
+    rows = [tokenizer(text)["input_ids"] for text in work.prompts(tokenizer)]
+    prompts = torch.tensor(rows, device=work.device)
     dtype = getattr(torch, work.dtype)
 
     def load(auto_class: Any, folder: str) -> Any:
-        return auto_class.from_pretrained(folder, dtype=dtype)
+        return auto_class.from_pretrained(folder, dtype=dtype).to(work.device)
 
     policy, reference = (load(AutoModelForCausalLM, work.policy_folder) for _ in range(2))
     reward = load(AutoModelForSequenceClassification, work.reward_folder)
@@ -56,7 +57,7 @@ def run(work: Work) -> Report:
     phases: dict[str, float] = {}
 
     def update() -> None:
-        start = time.perf_counter()
+        start = now(work)
         sequences = policy.generate(
             prompts[: work.batch],
             attention_mask=torch.ones_like(prompts[: work.batch]),
@@ -65,13 +66,13 @@ def run(work: Work) -> Report:
             eos_token_id=EOS,
             pad_token_id=PAD,
         )
-        sampled = time.perf_counter()
+        sampled = now(work)
         parts = list(micro_batches(sequences, seen[-1], work))
         with torch.no_grad():
             for model in read_once:
                 for part in parts:
                     trunk(model, part)
-        read = time.perf_counter()
+        read = now(work)
         for _ in range(work.epochs):
             for part in parts:
                 for model in trained:
@@ -79,9 +80,7 @@ def run(work: Work) -> Report:
                     hidden.backward(torch.ones_like(hidden))
             for model in trained:
                 model.zero_grad()
-        phases.update(
-            generate=sampled - start, logprobs=read - sampled, update=time.perf_counter() - read
-        )
+        phases.update(generate=sampled - start, logprobs=read - sampled, update=now(work) - read)
 
     seconds = timed_updates(update, work)
     return Report(seconds, 0, seen[-1], phases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import subprocess
 import sys
@@ -23,7 +24,10 @@ TRL, TORCH = "1.12.0", "2.13.0"
 
 
 def trl_python() -> Path:
-    """The interpreter of an environment with TRL, which is made if it is not there."""
+    """This interpreter where it has that TRL, or that of an environment which is made for it."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("trl") == TRL:
+            return Path(sys.executable)
     folder = KEPT / f"trl-{TRL}"
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
@@ -50,6 +54,19 @@ def trl_python() -> Path:
     return python
 
 
+def drawn_models(folder: Path) -> Path:
+    """Models as ``models`` gives, from a ``policy`` that need have no weights: they are drawn.
+
+    Neither seconds nor memory depend on what the weights are.
+    """
+    policy = folder / "policy"
+    torch.manual_seed(0)
+    if not list(policy.glob("*.safetensors")):
+        config = AutoConfig.from_pretrained(policy)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(policy)
+    return _with_reward(folder)
+
+
 def models(tiny: bool) -> Path:
     """A folder with ``policy``, SmolLM2-135M, and ``reward``, its trunk with a score head.
 
@@ -66,6 +83,10 @@ def models(tiny: bool) -> Path:
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "policy")
         AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder / "policy")
+    return _with_reward(folder)
+
+
+def _with_reward(folder: Path) -> Path:
     if not (folder / "reward").exists():
         reward = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
         reward.save_pretrained(folder / "reward")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from benchmarks.ppo_trainer.work import (
     Report,
     Work,
     force_lengths,
+    now,
     run_side,
 )
 
@@ -35,18 +35,19 @@ from benchmarks.ppo_trainer.work import (
 class Clock(TrainerCallback):
     """The time at the end of each update."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.work))
 
 
 def settings(work: Work, folder: str) -> PPOConfig:
     """One optimizer step an epoch, whatever num_mini_batches says."""
     return PPOConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=work.device == "cpu",
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
@@ -81,7 +82,7 @@ def run(work: Work) -> Report:
         return auto_class.from_pretrained(folder, dtype=dtype)
 
     policy = load(AutoModelForCausalLM, work.policy_folder)
-    clock, steps = Clock(), []
+    clock, steps = Clock(work), []
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             settings(work, folder),

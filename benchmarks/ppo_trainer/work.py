@@ -26,6 +26,7 @@ WORDS = """
 """
 
 Number = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Work:
         critic: ``separate`` or, ours alone, ``shared``.
         varied: Whether responses end at different lengths instead of at the longest.
         updates: How many are timed, after one that is not.
+        device: ``cpu`` or ``cuda``, on both sides.
     """
 
     models: str
@@ -54,6 +56,7 @@ class Work:
     prompt: int = 32
     response: int = 32
     epochs: int = 4
+    device: Device = "cpu"
 
     @property
     def policy_folder(self) -> str:
@@ -103,7 +106,7 @@ class ForcedLengths(LogitsProcessor):
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.last = torch.tensor(work.lengths) - 1
+        self.last = torch.tensor(work.lengths, device=work.device) - 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, [PAD, EOS]] = -torch.inf
@@ -144,10 +147,26 @@ def timed_updates(update: Callable[[], object], work: Work) -> list[float]:
     update()
     seconds = []
     for _ in range(work.updates):
-        start = time.perf_counter()
+        start = now(work)
         update()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(work) - start)
     return seconds
+
+
+def now(work: Work) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if work.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib(work: Work) -> float:
+    """The process's peak: of its resident set, or of what it had of the GPU's memory."""
+    if work.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in status if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) / 1024
 
 
 def run_side(run: Callable[[Work], Report]) -> None:
@@ -155,7 +174,5 @@ def run_side(run: Callable[[Work], Report]) -> None:
     work = Work(**json.loads(sys.argv[1]))
     torch.manual_seed(0)
     report = run(work)
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(line for line in status if line.startswith("VmHWM:"))
-    report.peak_mib = int(peak.split()[1]) / 1024
+    report.peak_mib = peak_mib(work)
     print("\n" + json.dumps(asdict(report)), flush=True)
