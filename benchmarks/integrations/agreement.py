@@ -39,9 +39,13 @@ class Deviation:
 
 
 def deviations(
-    theirs: Sequence[Metrics], ours: Sequence[Metrics], response: int
+    theirs: Sequence[Metrics], ours: Sequence[Metrics], logit_size: float
 ) -> list[Deviation]:
     """The largest deviation of each metric, those outside of the limit first.
+
+    Args:
+        theirs, ours: What was logged at each update.
+        logit_size: See ``Trained``.
 
     Raises:
         ValueError: The two logged other metrics, or another number of updates.
@@ -51,28 +55,29 @@ def deviations(
     found = []
     for metric in sorted(set(theirs[0]) - CLOCK):
         of_updates = [
-            _deviation(metric, update, a, b, response)
+            _deviation(metric, update, a, b, logit_size)
             for update, (a, b) in enumerate(zip(theirs, ours), start=1)
         ]
         found.append(max(of_updates, key=lambda each: (not each.within, each.relative)))
     return found
 
 
-def _deviation(metric: str, update: int, a: Metrics, b: Metrics, response: int) -> Deviation:
+def _deviation(metric: str, update: int, a: Metrics, b: Metrics, logit_size: float) -> Deviation:
     theirs, ours = a[metric], b[metric]
     apart = abs(ours - theirs)
     relative = 0.0 if apart == 0 else apart / abs(theirs) if theirs else math.inf
-    return Deviation(metric, update, theirs, ours, relative, _rounding(metric, a, response))
+    return Deviation(metric, update, theirs, ours, relative, _rounding(metric, a, logit_size))
 
 
-def _rounding(metric: str, logged: Metrics, response: int) -> float:
+def _rounding(metric: str, logged: Metrics, logit_size: float) -> float:
     """A KL divergence is what remains of two sums of log-probabilities that nearly cancel.
 
-    `objective/entropy` is the size of such a sum over a response; a ratio is off by as much as the
-    log-probability of a token. The policy's loss is a mean of ratios times whitened advantages.
+    `objective/entropy` is the size of such a sum over a response. A token's log-probability is its
+    logit less the logarithm of a sum over all of them, each rounded at its own size, and a ratio is
+    off by as much. The policy's loss is a mean of ratios times whitened advantages.
     """
     of_sum = EPS * abs(logged["objective/entropy"])
-    of_token = of_sum / response
+    of_token = EPS * logit_size
     if metric == "objective/kl":
         return of_sum
     if metric in ("objective/non_score_reward", "objective/rlhf_reward"):

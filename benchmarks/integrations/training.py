@@ -33,9 +33,12 @@ class Trained:
         seconds: Of each update after the first.
         peak_mib: The process's largest resident memory.
         replaced: Where the peer's functions were replaced.
+        logit_size: Mean over tokens of the largest logit's magnitude, divided by the temperature:
+            what a log-probability is a difference of.
     """
 
     metrics: list[dict[str, float]]
     seconds: list[float]
     peak_mib: float
     replaced: list[str]
+    logit_size: float

@@ -62,8 +62,8 @@ class Outcome:
     @property
     def deviations(self) -> list[Deviation]:
         """Of the first turn; the same seeds give the same numbers in each."""
-        response = self.case.training.work.response
-        return deviations(self.theirs[0].metrics, self.ours[0].metrics, response)
+        theirs = self.theirs[0]
+        return deviations(theirs.metrics, self.ours[0].metrics, theirs.logit_size)
 
     @property
     def targets(self) -> list[Target]:

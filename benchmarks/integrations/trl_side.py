@@ -22,7 +22,7 @@ from trl.experimental.ppo import PPOTrainer
 
 from benchmarks.integrations.training import SEED, Trained, Training
 from benchmarks.ppo_trainer.trl_side import Clock, settings
-from benchmarks.ppo_trainer.work import PAD, Work, force_lengths, peak_mib
+from benchmarks.ppo_trainer.work import PAD, TEMPERATURE, Work, force_lengths, peak_mib
 from rlhf_kernels.integrations import trl as adapters
 
 
@@ -74,7 +74,16 @@ def run(training: Training) -> Trained:
         with patch as replaced:
             trainer.train()
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:])]
-    return Trained(logged.metrics, seconds, peak_mib(training.work), replaced)
+    peak = peak_mib(training.work)  # before logits are looked at
+    return Trained(logged.metrics, seconds, peak, replaced, logit_size(trainer))
+
+
+@torch.no_grad()
+def logit_size(trainer: PPOTrainer) -> float:
+    """Of the trained policy, on the first prompts."""
+    rows = [trainer.train_dataset[row]["input_ids"] for row in range(8)]
+    logits = trainer.model.policy(torch.tensor(rows, device=trainer.accelerator.device)).logits
+    return float(logits.abs().amax(-1).mean()) / TEMPERATURE
 
 
 def main() -> None:
