@@ -23,13 +23,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-CPU_KERNELS = ["token_logprobs", "advantages", "ppo_loss"]
+CPU_KERNELS = ["token_logprobs", "advantages", "ppo_loss", "adamw_8bit"]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.
 COMMON_FLAGS = shlex.split(
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
     " -fno-trapping-math -Wall -Wextra -Wno-psabi"
 )
+# What equals PyTorch's operations to the bit rounds after each of them as these do.
+KERNEL_FLAGS = {"adamw_8bit": ["-ffp-contract=off"]}
 AVX2 = shlex.split("-mavx2 -mfma -mf16c")
 AVX512 = shlex.split("-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512")
 X86_ISAS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512]}
@@ -189,7 +191,7 @@ def cpu_build(target: Path) -> str:
     sources = [Source("bindings/cpu.cpp", "bindings", binding_flags())]
     for isa, flags in isa_flags().items():
         for kernel in CPU_KERNELS:
-            extra = [f"-DRK_ISA={isa}", *flags]
+            extra = [f"-DRK_ISA={isa}", *flags, *KERNEL_FLAGS.get(kernel, [])]
             sources.append(Source(f"cpu/{kernel}.cpp", f"{kernel}.{isa}", extra))
     flags = [*COMMON_FLAGS, *(["-DRK_X86"] if len(isa_flags()) > 1 else [])]
     link = ["-shared", "-fopenmp"]

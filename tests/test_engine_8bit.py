@@ -18,7 +18,7 @@ from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from rlhf.engine import Engine, Interrupted, TrainingConfig
-from rlhf.engine import adamw_8bit as code
+from rlhf.engine import eight_bit_codes as code
 from rlhf.engine.adamw_8bit import AdamW8bit
 
 # A code's step relative to its value, and what float16 rounds before.
@@ -58,6 +58,22 @@ def test_codes_are_within_a_step_and_right_on_average(signed: bool) -> None:
     left = 2**-11 * values.abs() + 2**-24 * largest / limit
     raised = 0.0 if signed else 2**-17 * largest / limit  # nothing becomes 0
     assert ((total / 128 - values).abs() <= 1.01 * left + raised).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("size", [1e38, 1e-33, 1e-36, 1e-38, 1e-41, 1e-43])
+def test_codes_of_the_largest_and_the_smallest_values(size: float, signed: bool) -> None:
+    values = size * values_of_many_sizes(1, signed)
+    encode = code.encode_signed if signed else code.encode_unsigned
+    decode = code.decode_signed if signed else code.decode_unsigned
+    codes = torch.empty(values.shape, dtype=torch.int8 if signed else torch.uint8)
+    scale = torch.empty(1)
+    encode(values, torch.zeros(values.shape, dtype=torch.int16), codes, scale)
+    largest = values.abs().max().double()
+    grid = 2**-17 * max(largest / (code.SIGNED_LIMIT if signed else code.UNSIGNED_LIMIT), 2**-126)
+    assert largest > 0
+    error = (decode(codes, scale).double() - values.double()).abs()
+    assert (error <= STEP * values.double().abs() + grid + 2**-149).all()
 
 
 def test_zeros_stay_zeros_and_nothing_else_becomes_one() -> None:

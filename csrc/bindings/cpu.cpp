@@ -21,7 +21,7 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss                                             \
+        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit                            \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -250,6 +250,26 @@ void ppo_loss(SequencesIn sequences, int64_t tokens, const PpoInputs& in, Clippi
   });
 }
 
+// (beta1, 1 - beta1, beta2, 1 - beta2, factor of the squares' root, eps, weight's decay, rate)
+typedef std::tuple<float, float, float, float, float, float, float, float> AdamwSettingsIn;
+
+void adamw_8bit(int64_t size, uintptr_t weights, uintptr_t remainder, uintptr_t gradient,
+                uintptr_t mean, uintptr_t mean_scale, uintptr_t square, uintptr_t square_scale,
+                uintptr_t noise, const AdamwSettingsIn& settings) {
+  active.adamw_8bit({
+      size,
+      pointer<void>(weights),
+      pointer<int8_t>(remainder),
+      pointer<const void>(gradient),
+      pointer<uint8_t>(mean),
+      pointer<uint8_t>(square),
+      pointer<float>(mean_scale),
+      pointer<float>(square_scale),
+      pointer<const int32_t>(noise),
+      std::apply([](auto... number) { return Adamw8bitSettings{number...}; }, settings),
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -272,4 +292,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("moments", &moments, release_gil());
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
+  module.def("adamw_8bit", &adamw_8bit, release_gil());
 }

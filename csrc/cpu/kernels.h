@@ -128,6 +128,29 @@ struct PpoLoss {
   int threads;
 };
 
+constexpr int64_t kAdamw8bitBlock = 256;  // numbers with a scale of their own
+
+struct Adamw8bitSettings {
+  float beta1, rest1;  // and 1 - beta1
+  float beta2, rest2;
+  float square_factor;  // of the squares' root: their correction
+  float eps;
+  float decay;  // of the weight
+  float rate;   // of the change, with its sign and the mean's correction
+};
+
+// Numbers of a parameter from the beginning of a block on.
+struct Adamw8bit {
+  int64_t size;
+  void* weights;         // bfloat16 with a remainder, else float32
+  int8_t* remainder;     // or null
+  const void* gradient;  // the type of the weights
+  uint8_t *mean, *square;  // codes
+  float *mean_scale, *square_scale;
+  const int32_t* noise;  // 7, 7 and 8 bits in each
+  Adamw8bitSettings settings;
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -137,6 +160,7 @@ struct Kernels {
   void (*moments)(const MomentsOf&);
   void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
+  void (*adamw_8bit)(const Adamw8bit&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -148,6 +172,7 @@ struct Kernels {
   void moments(const MomentsOf& args);                             \
   void whiten(const Whiten& args);                                 \
   void ppo_loss(const PpoLoss& args);                              \
+  void adamw_8bit(const Adamw8bit& args);                          \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -97,6 +97,17 @@ RK_FORMULA double sum_of_lanes(Doubles x) {
   return result;
 }
 
+RK_FORMULA Floats root(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // GCC 12 makes two half-width conversions of these, or one a lane, where one instruction would do.
 #if defined(__AVX512F__)
 RK_FORMULA UInts widen_integers(Halves x) {
@@ -108,15 +119,31 @@ RK_FORMULA Halves narrow_integers(UInts x) {
 RK_FORMULA Ints widen_bytes(Bytes x) {
   return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x);
 }
+RK_FORMULA Halves widen_to_halves(Bytes x) { return (Halves)_mm256_cvtepu8_epi16((__m128i)x); }
+RK_FORMULA Bytes narrow_to_bytes(Ints x) {
+  return (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x);
+}
 #elif defined(__AVX2__)
 RK_FORMULA UInts widen_integers(Halves x) { return (UInts)_mm256_cvtepu16_epi32((__m128i)x); }
 RK_FORMULA Halves narrow_integers(UInts x) { return __builtin_convertvector(x, Halves); }
 RK_FORMULA Ints widen_bytes(Bytes x) {
   return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(x)));
 }
+RK_FORMULA Halves widen_to_halves(Bytes x) {
+  return (Halves)_mm_cvtepu8_epi16(_mm_cvtsi64_si128(bits_as<int64_t>(x)));
+}
+RK_FORMULA Bytes narrow_to_bytes(Ints x) {
+  const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of the four in each half
+  const __m256i four = _mm256_shuffle_epi8((__m256i)x, lowest);
+  const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(four),
+                                         _mm256_extracti128_si256(four, 1));
+  return bits_as<Bytes>(int64_t(_mm_cvtsi128_si64(all)));
+}
 #else
 RK_FORMULA UInts widen_integers(Halves x) { return __builtin_convertvector(x, UInts); }
 RK_FORMULA Ints widen_bytes(Bytes x) { return __builtin_convertvector(x, Ints); }
+RK_FORMULA Halves widen_to_halves(Bytes x) { return __builtin_convertvector(x, Halves); }
+RK_FORMULA Bytes narrow_to_bytes(Ints x) { return __builtin_convertvector(x, Bytes); }
 RK_FORMULA Halves narrow_integers(UInts x) { return __builtin_convertvector(x, Halves); }
 #endif
 

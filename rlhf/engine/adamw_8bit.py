@@ -10,31 +10,44 @@ Rounding to nearest would lose what a step changes: at beta2 = 0.999 a second mo
 rate. So all is rounded up or down by chance, right on average (Gupta et al. 2015, arXiv
 1502.02551). The chance is a fixed table read from a place that only the step and the parameter
 decide: a resumed training goes on bit for bit, and all ranks of DDP stay alike.
+
+On a CPU a compiled kernel takes the place of the operations, with the same bits
+(csrc/cpu/adamw_8bit.cpp). For that, every product and sum here is an operation of its own: how
+PyTorch rounds one that does both depends on the machine.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-BLOCK = 256
-# Numbers in a slice. Its temporaries take some 30 bytes each: on a CPU they are to stay in a cache,
-# a GPU should have few launches.
-CPU_SLICE, GPU_SLICE = 1 << 18, 1 << 22
-PLACES = 1 << 18  # in the table of noise that a slice can be read from
-CUT = 7  # bits of a float16's mantissa that are cut off; 3 are left
-# The largest values of the two codes, of 4 and 5 bits of exponent; the smallest is 2^-17, and from
-# 2^-14 on a step is at most an eighth of the value.
-SIGNED_LIMIT, UNSIGNED_LIMIT = 1.875, 61440.0
-SECOND_BIT = 0x4000  # of a float16: clear below 2
+from rlhf.engine.eight_bit_codes import (
+    BLOCK,
+    CUT,
+    decode_signed,
+    decode_unsigned,
+    encode_signed,
+    encode_unsigned,
+    join,
+    split,
+)
+from rlhf_kernels.backends import ENVIRONMENT_VARIABLE, cpu
+
+# Numbers that a task updates, and on a CPU those of each slice in it. Temporaries of a slice take
+# some 30 bytes a number: on a CPU they are to stay in a cache, a GPU should have few launches.
+TASK, CPU_SLICE = 1 << 22, 1 << 18
+PLACES = 1 << 18  # in the noise that a slice can be read from
+WEIGHT_BITS = 8  # that a weight is rounded by
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -78,11 +91,14 @@ class AdamW8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [(p, group) for group in self.param_groups for p in group["params"]]
-        tasks = [
-            partial(update, parameter, self.state[parameter], group, index)
-            for index, (parameter, group) in enumerate(groups)
-            if parameter.grad is not None
-        ]
+        tasks = []
+        for index, (parameter, group) in enumerate(groups):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            state["step"] += 1
+            for first in range(0, parameter.numel(), TASK):
+                tasks.append(partial(update, parameter, state, group, index, first))
         run_all(tasks, [parameter for parameter, _ in groups])
         return loss
 
@@ -126,9 +142,9 @@ def new_state(parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def run_all(tasks: Sequence[Callable[[], None]], parameters: list[nn.Parameter]) -> None:
-    """Run updates of parameters: on a CPU in as many threads as PyTorch has.
+    """Run updates: on a CPU in as many threads as PyTorch has, each of which takes the next one.
 
-    These would else meet after each of the many small operations, and where another process has
+    They would else meet after each of the many small operations, and where another process has
     one of the cores, that takes ten times as long as the operations.
     """
     threads = torch.get_num_threads()
@@ -136,161 +152,180 @@ def run_all(tasks: Sequence[Callable[[], None]], parameters: list[nn.Parameter])
         torch.set_num_threads(1)  # in each
         try:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda task: task(), tasks))
+                list(pool.map(run_in_turn, [iter(tasks)] * threads))
         finally:
             torch.set_num_threads(threads)
     else:
-        for task in tasks:
-            task()
+        run_in_turn(tasks)
 
 
-@torch.no_grad()  # also in a thread of its own
-def update(parameter: nn.Parameter, state: dict[str, Tensor], group: Any, index: int) -> None:
-    """A step of one parameter.
+def run_in_turn(tasks: Iterable[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
+
+
+class Settings(NamedTuple):
+    """What a step does with each number of a parameter."""
+
+    beta1: float
+    rest1: float  # 1 - beta1
+    beta2: float
+    rest2: float
+    square_factor: float  # of the squares' root
+    eps: float
+    decay: float  # what the weight is multiplied with
+    rate: float  # and the change, which is then added
+
+    @classmethod
+    def at(cls, step: int, group: Any) -> Settings:
+        beta1, beta2 = group["betas"]
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        return cls(
+            beta1,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            1 / math.sqrt(correction2),
+            group["eps"],
+            1 - group["lr"] * group["weight_decay"],
+            -group["lr"] / correction1,
+        )
+
+
+class Part(NamedTuple):
+    """A slice of a parameter and of its state; all but the gradient is updated."""
+
+    weights: Tensor
+    remainder: Tensor | None
+    gradient: Tensor
+    mean: Tensor
+    mean_scale: Tensor
+    square: Tensor
+    square_scale: Tensor
+
+
+def update(
+    parameter: nn.Parameter, state: dict[str, Tensor], group: Any, index: int, first: int
+) -> None:
+    """A step of the numbers of one parameter from ``first`` on, up to ``TASK`` of them.
 
     Args:
         parameter: With its gradient.
-        state: See ``AdamW8bit``.
+        state: See ``AdamW8bit``; its ``step`` counts this one already.
         group: Its settings.
         index: Of the parameter in its optimizer.
+        first: A multiple of ``TASK``.
     """
     assert parameter.grad is not None
-    state["step"] += 1
     step = int(state["step"])
-    chance = random.Random(step << 32 | index)
-    beta1, beta2 = group["betas"]
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    chance = random.Random(step << 64 | index << 32 | first // TASK)
+    settings = Settings.at(step, group)
     weights, gradients = parameter.detach().view(-1), parameter.grad.reshape(-1)
     means, squares = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
     remainders = state["remainder"].view(-1) if "remainder" in state else None
-    for part, blocks in slices(parameter.numel(), parameter.device):
-        gradient = gradients[part].float()
-        stored_mean = means[part], state["exp_avg_scale"][blocks]
-        mean = decode_signed(*stored_mean).lerp_(gradient, 1 - beta1)
-        encode_signed(mean, noise_at(chance, mean, CUT), *stored_mean)
-        stored_square = squares[part], state["exp_avg_sq_scale"][blocks]
-        square = decode_unsigned(*stored_square).mul_(beta2)
-        square.addcmul_(gradient, gradient, value=1 - beta2)
-        encode_unsigned(square, noise_at(chance, square, CUT), *stored_square)
-        # The weight sees the moments as they were before they were rounded.
-        change = mean.div_(square.sqrt_().div_(math.sqrt(correction2)).add_(group["eps"]))
-        weight = weights[part] if remainders is None else join(weights[part], remainders[part])
-        if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(change, alpha=-group["lr"] / correction1)
-        if remainders is not None:
-            split(weight, noise_at(chance, weight, 8), weights[part], remainders[part])
+    update_part = update_compiled if has_kernel(parameter) else update_by_operations
+    for numbers, blocks in slices(first, parameter.numel(), parameter.device):
+        part = Part(
+            weights[numbers],
+            None if remainders is None else remainders[numbers],
+            gradients[numbers],
+            means[numbers],
+            state["exp_avg_scale"][blocks],
+            squares[numbers],
+            state["exp_avg_sq_scale"][blocks],
+        )
+        update_part(part, chance.randrange(PLACES), settings)
 
 
-def slices(size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Cuts numbers 0 to size into parts of whole blocks, and the rest, a shorter block, by itself.
+def has_kernel(parameter: nn.Parameter) -> bool:
+    """Whether the C++ is there for it, and is not to be left out."""
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE) or cpu.NAME
+    return parameter.device.type == "cpu" and wanted == cpu.NAME and cpu.availability() is None
+
+
+def update_compiled(part: Part, place: int, settings: Settings) -> None:
+    cpu.adamw_8bit(*part, noise_words(CPU_SLICE)[place:], settings)
+
+
+@torch.no_grad()  # also in a thread of its own
+def update_by_operations(part: Part, place: int, settings: Settings) -> None:
+    """A step of a slice.
+
+    Args:
+        part: The slice.
+        place: In the noise.
+        settings: Of the step.
+    """
+    noise = partial(noise_at, part.weights, place)
+    beta1, rest1, beta2, rest2, square_factor, eps, decay, rate = settings
+    gradient = part.gradient.float()
+    mean = decode_signed(part.mean, part.mean_scale).mul_(beta1).add_(gradient * rest1)
+    encode_signed(mean, noise(0, CUT), part.mean, part.mean_scale)
+    square = decode_unsigned(part.square, part.square_scale).mul_(beta2)
+    square.add_((gradient * rest2).mul_(gradient))
+    encode_unsigned(square, noise(CUT, CUT), part.square, part.square_scale)
+    # The weight sees the moments as they were before they were rounded.
+    change = mean.div_(root_(square).mul_(square_factor).add_(eps))
+    weight = part.weights if part.remainder is None else join(part.weights, part.remainder)
+    weight.mul_(decay).add_(change.mul_(rate))
+    if part.remainder is not None:
+        split(weight, noise(2 * CUT, WEIGHT_BITS), part.weights, part.remainder)
+
+
+def root_(values: Tensor) -> Tensor:
+    """The roots in their place, rounded to nearest.
+
+    On a CPU PyTorch can have MKL's, which are off by a digit for one number in six.
+    """
+    if values.device.type != "cpu":
+        return values.sqrt_()
+    numbers = values.numpy()
+    np.sqrt(numbers, out=numbers)
+    return values
+
+
+def slices(first: int, size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Cuts a task's numbers into parts of whole blocks, and the rest, a shorter block, by itself.
+
+    Args:
+        first: The task's first number.
+        size: The number of all.
+        device: Where they are.
 
     Yields:
         The slice of numbers, and that of their blocks.
     """
-    longest = CPU_SLICE if device.type == "cpu" else GPU_SLICE
-    whole = size - size % BLOCK
-    for start in range(0, whole, longest):
-        stop = min(start + longest, whole)
+    end, whole = min(first + TASK, size), size - size % BLOCK
+    starts = range(first, min(end, whole), longest_slice(device))
+    for start, stop in zip(starts, [*starts[1:], min(end, whole)]):
         yield slice(start, stop), slice(start // BLOCK, stop // BLOCK)
-    if whole < size:
+    if whole < end:
         yield slice(whole, size), slice(whole // BLOCK, whole // BLOCK + 1)
 
 
+def longest_slice(device: torch.device) -> int:
+    return CPU_SLICE if device.type == "cpu" else TASK
+
+
 @cache
-def noise_table(device: torch.device, bits: int) -> Tensor:
-    """Whole numbers of so many bits, the same in every process: int16, or int32 from 8 bits on."""
-    longest = CPU_SLICE if device.type == "cpu" else GPU_SLICE
-    dtype = torch.int16 if bits < 8 else torch.int32
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randint(1 << bits, (PLACES + longest,), generator=generator, dtype=dtype)
-    return table.to(device)
+def noise_words(longest: int) -> Tensor:
+    """Noise for a slice from any place on, the same in every process: int32 on the CPU.
 
-
-def noise_at(chance: random.Random, like: Tensor, bits: int) -> Tensor:
-    """As many numbers of the table as a slice has, from a place left to chance."""
-    place = chance.randrange(PLACES)
-    return noise_table(like.device, bits)[place : place + like.numel()]
-
-
-def scaled_half(values: Tensor, limit: float, scale: Tensor) -> Tensor:
-    """Bits (int16) of the float16 next to values / scale, where each block's largest is ``limit``.
-
-    Args:
-        values: A slice, float32.
-        limit: What the largest magnitude of each block becomes.
-        scale: Of its blocks, float32; written.
+    The lowest 7 bits are for the mean, 7 for the square, 8 for the weight.
     """
-    by_block = values.view(scale.numel(), -1)
-    largest = by_block.abs().amax(dim=1)
-    torch.div(largest, limit, out=scale)
-    # A block of zeros: anything that is finite.
-    factor = limit / largest.clamp_(min=torch.finfo(torch.float32).tiny)
-    return (by_block * factor.unsqueeze(1)).half().view(torch.int16).view(-1)
+    bits, generator = 2 * CUT + WEIGHT_BITS, torch.Generator().manual_seed(0)
+    shape = (PLACES + longest,)
+    return torch.randint(1 << bits, shape, generator=generator, dtype=torch.int32, device="cpu")
 
 
-def encode_unsigned(values: Tensor, noise: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Round values that are not negative to 8-bit floats, right on average.
-
-    None becomes 0, unless its block is: Adam divides by them.
-
-    Args:
-        values: A slice, float32.
-        noise: From 0 to 127, int16.
-        codes: uint8, written. 5 bits of exponent and 3 of mantissa.
-        scale: Of the slice's blocks, float32, written.
-    """
-    bits = scaled_half(values, UNSIGNED_LIMIT, scale)
-    codes.copy_(bits.add_(noise).bitwise_right_shift_(CUT).clamp_(min=1))
+@cache
+def noise_table(device: torch.device, first: int, bits: int) -> Tensor:
+    """So many bits of each word: int16, or int32 from 8 bits on."""
+    words = noise_words(longest_slice(device))
+    numbers = (words >> first) & ((1 << bits) - 1)
+    return numbers.to(device, torch.int16 if bits < 8 else torch.int32)
 
 
-def decode_unsigned(codes: Tensor, scale: Tensor) -> Tensor:
-    """The values of ``encode_unsigned``'s codes, float32."""
-    bits = codes.to(torch.int16).bitwise_left_shift_(CUT)
-    return unscaled(bits, scale)
-
-
-def encode_signed(values: Tensor, noise: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """As ``encode_unsigned``, of values of either sign; codes are int8.
-
-    Sign, 4 bits of exponent, 3 of mantissa: below 2, the first of a float16's 5 bits of exponent
-    is clear, and left out.
-    """
-    bits = scaled_half(values, SIGNED_LIMIT, scale).add_(noise)
-    sign = (bits >> (CUT + 1)).bitwise_and_(-128)
-    codes.copy_(bits.bitwise_right_shift_(CUT).bitwise_and_(127).bitwise_or_(sign))
-
-
-def decode_signed(codes: Tensor, scale: Tensor) -> Tensor:
-    """The values of ``encode_signed``'s codes, float32."""
-    bits = codes.to(torch.int16).bitwise_left_shift_(CUT)  # the sign is in both upper bits
-    return unscaled(bits.bitwise_and_(~SECOND_BIT), scale)
-
-
-def unscaled(bits: Tensor, scale: Tensor) -> Tensor:
-    values = bits.view(torch.float16).float()
-    values.view(scale.numel(), -1).mul_(scale.unsqueeze(1))
-    return values
-
-
-def split(values: Tensor, noise: Tensor | int, weights: Tensor, remainder: Tensor) -> None:
-    """Write float32 values as bfloat16 weights and 8 bits more: floats of 24 bits.
-
-    The weights are the values to nearest; their last digit is 256 of the remainder's.
-
-    Args:
-        values: float32.
-        noise: From 0 to 255, int32, to round to 24 bits by chance; 128 to round to nearest.
-        weights: bfloat16, written.
-        remainder: int8, written.
-    """
-    bits = values.view(torch.int32).add(noise).bitwise_right_shift_(8)
-    upper = bits.add(128).bitwise_right_shift_(8)
-    weights.view(torch.int16).copy_(upper)
-    remainder.copy_(bits.sub_(upper.bitwise_left_shift_(8)))
-
-
-def join(weights: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 values that ``split`` was given, to 24 bits."""
-    bits = weights.view(torch.int16).to(torch.int32).bitwise_left_shift_(8)
-    return bits.add_(remainder).bitwise_left_shift_(8).view(torch.float32)
+def noise_at(like: Tensor, place: int, first: int, bits: int) -> Tensor:
+    """As many numbers of the table as a slice has, from a place on."""
+    return noise_table(like.device, first, bits)[place : place + like.numel()]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine.adamw_8bit import AdamW8bit, split
+from rlhf.engine.adamw_8bit import AdamW8bit
 from rlhf.engine.config import TrainingConfig
+from rlhf.engine.eight_bit_codes import split
 
 
 def trainable_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -36,6 +36,7 @@ PRIMITIVES = frozenset(
         "ppo_loss_forward",
     }
 )
+ADAMW_8BIT_BLOCK = 256  # numbers with a scale
 ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -338,6 +339,54 @@ def ppo_loss_forward(
         torch.get_num_threads(),
     )
     return loss, stats, grad_logprobs, grad_values, grad_entropy
+
+
+def adamw_8bit(
+    weights: Tensor,
+    remainder: Tensor | None,
+    gradient: Tensor,
+    mean: Tensor,
+    mean_scale: Tensor,
+    square: Tensor,
+    square_scale: Tensor,
+    noise: Tensor,
+    settings: tuple[float, ...],
+) -> None:
+    """A step of a slice of a parameter, in this thread: see `rlhf.engine.adamw_8bit`.
+
+    No operation of the package, and no primitive of other backends. All are vectors without gaps;
+    the noise may be longer than the slice.
+
+    Raises:
+        ValueError: One of them does not fit the others.
+    """
+    size, wide = weights.numel(), torch.float32 if remainder is None else torch.bfloat16
+    numbers = [(weights, wide), (gradient, wide), (mean, torch.int8), (square, torch.uint8)]
+    if remainder is not None:
+        numbers.append((remainder, torch.int8))
+    blocks = (size + ADAMW_8BIT_BLOCK - 1) // ADAMW_8BIT_BLOCK
+    for tensor, dtype in numbers:
+        _check_vector(tensor, size, dtype)
+    for tensor in (mean_scale, square_scale):
+        _check_vector(tensor, blocks, torch.float32)
+    _cpu.adamw_8bit(
+        size,
+        weights.data_ptr(),
+        address(remainder),
+        gradient.data_ptr(),
+        mean.data_ptr(),
+        mean_scale.data_ptr(),
+        square.data_ptr(),
+        square_scale.data_ptr(),
+        noise.data_ptr(),
+        settings,
+    )
+
+
+def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.shape != (size,):
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"{size} numbers of {dtype} are needed, not {found}")
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
