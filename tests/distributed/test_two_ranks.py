@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS
+from train_8bit_on_ranks import TRAININGS_8BIT, held
 
 from rlhf.engine import CheckpointError
+from rlhf.engine.eight_bit_codes import join
 
 HERE = Path(__file__).parent
 STRATEGIES = ["ddp", "fsdp", "hybrid"]
@@ -114,3 +116,40 @@ def test_a_reward_that_fails_on_one_rank_ends_both_and_loses_nothing(tmp_path: P
     trainer.resume(allow=["world_size"])
     assert trainer.step == 1
     trainer.train()
+
+
+@pytest.fixture(scope="module")
+def two_8bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks made under DDP with bfloat16 weights and 8-bit moments."""
+    return run_on_two_ranks("train_8bit_on_ranks.py", tmp_path_factory.mktemp("ranks") / "8bit")
+
+
+def of_24_bits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All weights in one vector."""
+    names = [key.removesuffix(" remainder") for key in tensors if key.endswith(" remainder")]
+    pairs = [(tensors[f"{name} weight"], tensors[f"{name} remainder"]) for name in names]
+    return torch.cat([join(*pair).view(-1) for pair in pairs]).double()
+
+
+@pytest.mark.parametrize("name", list(TRAININGS_8BIT))
+def test_8bit_both_ranks_hold_the_same_bits_also_when_resumed(two_8bit: Path, name: str) -> None:
+    first, *others = (
+        torch.load(two_8bit / f"{name}{part}.pt") for part in ("0", "1", "_halved0", "_halved1")
+    )
+    assert any(key.endswith(" remainder") for key in first)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", list(TRAININGS_8BIT))
+def test_8bit_two_ranks_go_where_one_process_goes(
+    two_8bit: Path, name: str, tmp_path: Path
+) -> None:
+    trainer = TRAININGS_8BIT[name](tmp_path)
+    before = of_24_bits(held(trainer)).clone()
+    trainer.train()
+    one, two = of_24_bits(held(trainer)), of_24_bits(torch.load(two_8bit / f"{name}0.pt"))
+    # Gradients are added up in bfloat16, a dozen of them at most and in another order: 12 · 2^-9 of
+    # the largest, and a change is the quotient of two means of them.
+    assert (two - one).norm() < 2 * 12 * 2**-9 * (one - before).norm()
