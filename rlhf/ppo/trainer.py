@@ -18,9 +18,7 @@ from rlhf.engine import (
     save_config,
 )
 from rlhf.engine.resume import fingerprint, ids_fingerprint
-from rlhf.models import (
-    load_tokenizer,
-)
+from rlhf.models import check_token_ids, load_tokenizer
 from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import evaluate
@@ -364,13 +362,15 @@ class PPOTrainer(Resumable):
     def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
         longest = self.config.max_new_tokens
         check_room_for_reward(rows, self.reward, max_new_tokens=longest, source=source)
-        return encode_prompts(
+        encoded = encode_prompts(
             rows,
             self.chat_format,
             max_new_tokens=longest,
             context=self.context,
             source=source,
         )
+        check_token_ids(encoded, self.policy, "the policy")
+        return encoded
 
     def _sample(self, prompt_ids: list[list[int]]) -> Generated:
         config = self.config
