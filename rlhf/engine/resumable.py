@@ -147,7 +147,7 @@ class Resumable(ABC):
         place = f"{name} at step {self.step}"
         if self.step == 0:
             return Interrupted(f"{place}: nothing was done yet", number)
-        if self._saved_at != self.step:
+        if self._saved_at != self.step or not self.checkpoints.list():
             self.save_checkpoint()
         return Interrupted(
             f"{place}: saved to {self.checkpoints.list()[-1]}. Run the same command with --resume "

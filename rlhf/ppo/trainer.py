@@ -213,8 +213,8 @@ class PPOTrainer(Resumable):
                 metrics.update(self._watch(trackers, experience, metrics))
                 self._after_step(last=self.finished, metric=self._eval_score)
             self._call("on_train_end")
-        self.models.policy.require_progress()
-        self.save()
+            self.models.policy.require_progress()
+            self.save()
         return metrics
 
     def stop(self) -> None:
