@@ -25,13 +25,7 @@ from rlhf.ppo.evaluation import evaluate
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
-from rlhf.ppo.metrics import (
-    Stopwatch,
-    UpdateStats,
-    experience_figures,
-    to_floats,
-    unused_figures,
-)
+from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats, unused_figures
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
@@ -44,7 +38,7 @@ from rlhf.ppo.prompts import (
 from rlhf.ppo.rollout import estimate_advantages, make_experience
 from rlhf.ppo.samples import samples_of
 from rlhf.ppo.score_shaping import ScoreShaper
-from rlhf.ppo.scoring import Reward, check_reward
+from rlhf.ppo.scoring import Reward, RewardError, check_reward
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.sharing import check_share, shared_generation, shared_scores
 from rlhf.ppo.update import run_epochs
@@ -140,6 +134,8 @@ class PPOTrainer(Resumable):
             prompt_ids=ids_fingerprint(prompt_ids),
             **models.fingerprints,
         )
+
+    harmless_errors = (RewardError,)
 
     @property
     def policy(self) -> Any:
