@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stories_on_ranks
 import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS
@@ -104,6 +105,36 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(
             assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     for key, value in weights(folder / name).items():
         torch.testing.assert_close(weights(tmp_path / name)[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_match_one_process_on_a_real_model(
+    tmp_path: Path, stories_dir: Path, parallel: str
+) -> None:
+    """Figures (the losses among them), the first step's gradients, and the policy afterwards."""
+    one = tmp_path / "one"
+    one.mkdir()
+    stories_on_ranks.train(str(stories_dir), "ddp", one)
+    two = run_on_two_ranks("stories_on_ranks.py", tmp_path / "two", str(stories_dir), parallel)
+    expected, found = (json.loads((at / "figures.json").read_text()) for at in (one, two))
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if not name.startswith(TIMES):
+                assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert expected[0]["kl"] < 1e-3 < expected[1]["kl"]  # the second batch is of another policy
+    gradients, others = (torch.load(at / "gradients.pt") for at in (one, two))
+    for model in ("policy", "critic"):
+        assert gradients[model].keys() == others[model].keys()
+        largest = max(gradient.abs().max().item() for gradient in gradients[model].values())
+        for name, gradient in gradients[model].items():
+            torch.testing.assert_close(others[model][name], gradient, rtol=0, atol=1e-5 * largest)
+    ours, theirs = weights(one / "run"), weights(two / "run")
+    start = weights(stories_dir)
+    for name, value in ours.items():
+        # Eight steps of 5e-4 at most; rounding may move a weight by a small share of one.
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=5e-5)
+        assert (value - start[name]).abs().max() > 5e-4
 
 
 def test_a_reward_that_fails_on_one_rank_ends_both_and_loses_nothing(tmp_path: Path) -> None:
