@@ -23,17 +23,22 @@ STRATEGIES = ["ddp", "fsdp", "hybrid"]
 TIMES = ("seconds/", "tokens_per_second")
 
 
+def torchrun(script: str, *arguments: str) -> list[str]:
+    """The command that runs a script beside this one in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*command, str(HERE / script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 def run_on_two_ranks(script: str, folder: Path, *arguments: str) -> Path:
     """Run a script beside this one in two processes; its folder of results."""
     folder.mkdir()
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*torchrun, str(HERE / script), *arguments, str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=600,
-    )
+    command = torchrun(script, *arguments, str(folder))
+    subprocess.run(command, env=environment(), check=True, timeout=600)
     return folder
 
 
