@@ -136,3 +136,20 @@ def test_a_wrong_share_would_be_seen(make: MakeTrainer) -> None:
         wrong = [a + b / len(parts) for a, b in zip(wrong, gradients)]
     with pytest.raises(AssertionError):
         assert_close_to_rounding(wrong, right)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 3}, {"micro_batch_tokens": 60}])
+def test_no_tokens_ratio_is_off_before_the_first_step(
+    make: MakeTrainer, settings: dict[str, Any]
+) -> None:
+    """One step, and a model that has already moved: the largest ratio is 1, and so is the mean."""
+    trainer = make(epochs=1, minibatch_size=8, **settings)
+    for prompts in trainer.prompts:
+        metrics = trainer.update(trainer.rollout(prompts))
+        assert metrics["optimizer_steps"] == 1
+        # Log-probabilities of size 10 as float32, sums of some hundred products behind them.
+        assert metrics["ratio_max"] == pytest.approx(1.0, abs=2e-5)
+        assert metrics["ratio_mean"] == pytest.approx(1.0, abs=2e-6)
+        assert metrics["approx_kl"] < 1e-10  # half the mean square of what is left
+        assert metrics["clip_fraction"] == 0.0
+    assert metrics["kl"] != pytest.approx(0.0, abs=1e-3)
