@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.data import ChatFormat, Text, prepare_tokenizer
 from rlhf.engine import MAX_SEED, check_number
-from rlhf.models import context_length, load_causal_lm, load_tokenizer
+from rlhf.models import check_token_ids, context_length, load_causal_lm, load_tokenizer
 from rlhf.ppo.generation import GenerationSettings, generate
 from rlhf.ppo.prompts import check_room_for_reward, encode_prompts, read_prompts
 from rlhf.ppo.scoring import Reward, check_reward, score_responses
@@ -90,6 +90,7 @@ def best_of_n(
         context=context_length(model),
         source=source,
     )
+    check_token_ids(prompt_ids, model)
     texts = generate(model, tokenizer, prompt_ids, settings, seed=seed, num_return=n).texts
     scores = score_responses(reward, [row for row in rows for _ in range(n)], texts).tolist()
     candidates = list(zip(texts, scores))

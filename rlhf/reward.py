@@ -31,6 +31,7 @@ from rlhf.engine.batching import chunks
 from rlhf.engine.config import check_choice, check_number
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
+    check_token_ids,
     disable_dropout,
     last_token_scores,
     length_limit,
@@ -131,6 +132,7 @@ class RewardTrainer(SupervisedTrainer):
             [side.input_ids for pair in pairs for side in (pair.chosen, pair.rejected)]
             for pairs in (self.train_pairs, self.eval_pairs)
         )
+        check_token_ids([*train_ids, *eval_ids], self.model)
         self._start([tokens(pair) for pair in self.train_pairs], train_ids, eval_ids)
 
     def _weight(self, index: int) -> int:

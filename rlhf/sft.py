@@ -25,6 +25,7 @@ from rlhf.engine import check_kernels, save_model
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     check_linear_head,
+    check_token_ids,
     hidden_states,
     length_limit,
     lm_head,
@@ -96,6 +97,7 @@ class SFTTrainer(SupervisedTrainer):
             [e.input_ids for e in examples]
             for examples in (self.train_examples, self.eval_examples)
         )
+        check_token_ids([*train_ids, *eval_ids], self.model)
         self._start([len(ids) for ids in train_ids], train_ids, eval_ids)
 
     def _weight(self, index: int) -> int:

@@ -46,10 +46,18 @@ print("right")
 """
 
 
-def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-    result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=env, cwd=cwd
+def start(
+    *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, without PYTHONPATH: it would hide what is installed behind these sources."""
+    clean = {k: v for k, v in (env or os.environ).items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=clean, cwd=cwd
     )
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    result = start(*command, env=env, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -266,11 +274,6 @@ def test_without_a_compiler_it_installs_and_says_why(source_tree: Path, tmp_path
     assert "not available" in line
     assert "no C++ compiler was found" in line and "'no-such-compiler'" in line
     assert run(python, "-c", ONE_OPERATION.format(backend="reference"), cwd=tmp_path) == "right\n"
-    asked_for = subprocess.run(
-        [python, "-c", ONE_OPERATION.format(backend="cpu")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    asked_for = start(python, "-c", ONE_OPERATION.format(backend="cpu"), cwd=tmp_path)
     assert "BackendUnavailableError" in asked_for.stderr
     assert "no C++ compiler was found" in asked_for.stderr

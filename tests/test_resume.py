@@ -289,7 +289,7 @@ def test_random_states_survive_json() -> None:
     assert [random.random(), np.random.randn(), torch.rand(1).item()] == expected
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path, kills: int) -> None:
     """However often it is killed, mostly while saving, the training goes on as the whole one."""
     script = Path(__file__).with_name("kill_loop.py")
@@ -303,7 +303,7 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path, kills
         timeout=1200,
     )
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["saving"] >= kills / 3  # the moments were the dangerous ones
+    assert found["saving"] >= kills // 2  # at the dangerous moments: 30 of 40 on two cores
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert figures(whole) == figures(killed)
     assert len(figures(whole)) == found["steps"]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf.engine.checkpoint import CheckpointError, Checkpoints
 from rlhf.engine.engine import Engine
@@ -29,6 +29,9 @@ class Resumable(ABC):
     """
 
     config: Any
+    # Errors that come between two steps and have changed nothing, so that a checkpoint is as good
+    # as one at a signal. Every rank must raise them together.
+    harmless_errors: ClassVar[tuple[type[Exception], ...]] = ()
 
     @property
     @abstractmethod
@@ -107,7 +110,7 @@ class Resumable(ABC):
 
     @contextmanager
     def _session(self, *folders: Path) -> Iterator[None]:
-        """Around the loop: a signal ends it with a checkpoint and a message.
+        """Around the loop: a signal or a harmless error ends it with a checkpoint and a message.
 
         Args:
             folders: Folders beside ``output_dir`` that models will be written to.
@@ -130,6 +133,10 @@ class Resumable(ABC):
                 yield
         except StopRequested as stop:
             raise self._interrupted(stop.signal_number) from None
+        except self.harmless_errors as error:
+            if self.step == 0:
+                raise
+            raise self._kept(error) from error
 
     def _after_step(self, *, last: bool, metric: float | None = None) -> None:
         """Between two steps: write a checkpoint if it is time, and stop if a signal has come."""
@@ -147,10 +154,20 @@ class Resumable(ABC):
         place = f"{name} at step {self.step}"
         if self.step == 0:
             return Interrupted(f"{place}: nothing was done yet", number)
-        if self._saved_at != self.step:
+        return Interrupted(f"{place}: {self._saved()}", number)
+
+    def _kept(self, error: Exception) -> Exception:
+        """The same error, which says that what was trained until then is kept."""
+        try:
+            return type(error)(f"{error} Step {self.step} is {self._saved()}")
+        except OutputError as failure:
+            return type(error)(f"{error} Besides: {failure}")
+
+    def _saved(self) -> str:
+        """Have a checkpoint of the present step; where it is and how to go on."""
+        if self._saved_at != self.step or not self.checkpoints.list():
             self.save_checkpoint()
-        return Interrupted(
-            f"{place}: saved to {self.checkpoints.list()[-1]}. Run the same command with --resume "
-            "to go on (in Python: trainer.resume(), then trainer.train()).",
-            number,
+        return (
+            f"saved to {self.checkpoints.list()[-1]}. Run the same command with --resume "
+            "to go on (in Python: trainer.resume(), then trainer.train())."
         )

@@ -183,8 +183,8 @@ class SupervisedTrainer(Resumable):
                 if last or self.step % self.steps_per_epoch == 0:
                     metrics.update(self._end_of_epoch(trackers, last))
                 self._after_step(last=last)
-        self.engine.require_progress()
-        self.save()
+            self.engine.require_progress()
+            self.save()
         return {**{f"{name}_before": value for name, value in self._before.items()}, **metrics}
 
     def _begin(self, trackers: Trackers) -> None:

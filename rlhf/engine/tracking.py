@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from rlhf.engine.config import ALL_TRACKERS
 from rlhf.engine.engine import NonFiniteError
 from rlhf.engine.progress import KEY_FIGURES, ProgressBar, ProgressLines
 from rlhf.files import write_text
+
+logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]  # prompt and response as texts, numbers beside them
 
@@ -78,17 +81,22 @@ class Trackers:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"metric {name!r} is {value} at step {step}")
-        for tracker in self._trackers:
-            tracker.log(metrics, step)
+        self._each(lambda tracker: tracker.log(metrics, step))
 
     def log_samples(self, samples: list[Sample], step: int) -> None:
         """Show some prompts with their responses and numbers."""
-        for tracker in self._trackers:
-            tracker.log_samples(samples, step)
+        self._each(lambda tracker: tracker.log_samples(samples, step))
 
     def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        """On every tracker; where a disk is full, a line is lost and not the training."""
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                action(tracker)
+            except OSError as error:
+                logger.error("%s cannot write: %s", type(tracker).__name__, error)
 
     def __enter__(self) -> Trackers:
         return self

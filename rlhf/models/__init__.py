@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.models.loading import (
     ModelError,
     causal_config,
+    check_token_ids,
     context_length,
     length_limit,
     load_causal_lm,
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "causal_config",
     "check_linear_head",
+    "check_token_ids",
     "context_length",
     "disable_dropout",
     "hidden_states",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,24 @@ def load_model(auto_class: Any, name: str | Path, what: str, *, dtype: torch.dty
             "Give the folder of one that was saved with them."
         )
     return model
+
+
+def check_token_ids(
+    sequences: Iterable[Sequence[int]], model: nn.Module, what: str = "the model"
+) -> None:
+    """Check that a model knows the token ids that a tokenizer gave.
+
+    Raises:
+        ModelError: One is beyond its embedding; the tokenizer belongs to another model.
+    """
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, and {what} knows {size}, 0 to {size - 1}."
+            " Give the tokenizer that lies with the model, or make its embedding larger: "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 def context_length(model: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from rlhf.models import (
     check_linear_head,
     disable_dropout,
     load_causal_lm,
+    load_tokenizer,
     make_scalar_model,
     scalar_model_from_causal,
     score_head,
@@ -32,10 +34,11 @@ def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, config: P
     new head.
 
     Raises:
-        ModelError: The given one has fewer token ids than the policy, or is no scalar model; or a
-            copy of the reward model was asked for, and it cannot be one.
+        ModelError: The given one has fewer token ids than the policy, reads them otherwise, or is
+            no scalar model; or a copy of the reward model was asked for, and it cannot be one.
     """
     if critic is not None:
+        refuse_other_tokenizer(critic, tokenizer, "the critic")
         given = critic.model if isinstance(critic, RewardModel) else critic
         model = make_scalar_model(given, seed=config.seed)
         if isinstance(reward, RewardModel) and model is reward.model:
@@ -85,10 +88,11 @@ def refuse_critic(config: PPOConfig) -> NoReturn:
     )
 
 
-def make_reference(reference: Any, policy: Any) -> Any:
+def make_reference(reference: Any, policy: Any, tokenizer: Any) -> Any:
     """The frozen reference: the given model, else a copy of the policy as it now is.
 
     Raises:
+        ModelError: It has other token ids than the policy, or reads them otherwise.
         ValueError: It is the policy itself, so the KL divergence would be 0 whatever happens.
     """
     if reference is policy:
@@ -96,6 +100,7 @@ def make_reference(reference: Any, policy: Any) -> Any:
             "reference is the policy object itself; leave it out for a frozen copy, or give a "
             "model of its own"
         )
+    refuse_other_tokenizer(reference, tokenizer, "the reference")
     model = copy.deepcopy(policy) if reference is None else load_causal_lm(reference)
     if vocabulary_size(model) != vocabulary_size(policy):
         raise ModelError(
@@ -105,6 +110,32 @@ def make_reference(reference: Any, policy: Any) -> Any:
     check_linear_head(model)
     disable_dropout(model)
     return model.requires_grad_(False).eval()
+
+
+def refuse_other_tokenizer(given: Any, tokenizer: Any, what: str) -> None:
+    """Raise ModelError if a model lies with a tokenizer for which ids are other tokens.
+
+    A model object has none with it and is taken on trust.
+    """
+    if isinstance(given, RewardModel):
+        own = given.tokenizer
+    elif isinstance(given, str | Path):
+        try:
+            own = load_tokenizer(given)
+        except (ModelError, ImportError, KeyError):  # none lies there, or none that loads
+            return
+    else:
+        return
+    here, there = (
+        {index: token for token, index in one.get_vocab().items()} for one in (tokenizer, own)
+    )
+    for index in sorted(here.keys() & there.keys()):
+        if here[index] != there[index]:
+            raise ModelError(
+                f"{what} has another tokenizer than the policy: token id {index} is "
+                f"{there[index]!r} there and {here[index]!r} here. Give one with the policy's "
+                "tokenizer."
+            )
 
 
 def same_vocabulary(reward: RewardModel, policy: Any, tokenizer: Any) -> bool:

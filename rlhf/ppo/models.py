@@ -88,7 +88,7 @@ class PPOModels:
         elif critic is not None:
             refuse_critic(config)
         adapted = config.lora_rank is not None and reference is None
-        reference = None if adapted else make_reference(reference, policy)
+        reference = None if adapted else make_reference(reference, policy, tokenizer)
         models = {"policy": policy, "critic": critic, "reference": reference}
         given = {name: model for name, model in models.items() if model is not None}
         fingerprints = {name: model_fingerprint(model) for name, model in given.items()}

@@ -18,22 +18,14 @@ from rlhf.engine import (
     save_config,
 )
 from rlhf.engine.resume import fingerprint, ids_fingerprint
-from rlhf.models import (
-    load_tokenizer,
-)
+from rlhf.models import check_token_ids, load_tokenizer
 from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import evaluate
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
-from rlhf.ppo.metrics import (
-    Stopwatch,
-    UpdateStats,
-    experience_figures,
-    to_floats,
-    unused_figures,
-)
+from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats, unused_figures
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
@@ -46,7 +38,7 @@ from rlhf.ppo.prompts import (
 from rlhf.ppo.rollout import estimate_advantages, make_experience
 from rlhf.ppo.samples import samples_of
 from rlhf.ppo.score_shaping import ScoreShaper
-from rlhf.ppo.scoring import Reward, check_reward
+from rlhf.ppo.scoring import Reward, RewardError, check_reward
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.sharing import check_share, shared_generation, shared_scores
 from rlhf.ppo.update import run_epochs
@@ -143,6 +135,8 @@ class PPOTrainer(Resumable):
             **models.fingerprints,
         )
 
+    harmless_errors = (RewardError,)
+
     @property
     def policy(self) -> Any:
         """The model that is trained."""
@@ -215,8 +209,8 @@ class PPOTrainer(Resumable):
                 metrics.update(self._watch(trackers, experience, metrics))
                 self._after_step(last=self.finished, metric=self._eval_score)
             self._call("on_train_end")
-        self.models.policy.require_progress()
-        self.save()
+            self.models.policy.require_progress()
+            self.save()
         return metrics
 
     def stop(self) -> None:
@@ -364,13 +358,15 @@ class PPOTrainer(Resumable):
     def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
         longest = self.config.max_new_tokens
         check_room_for_reward(rows, self.reward, max_new_tokens=longest, source=source)
-        return encode_prompts(
+        encoded = encode_prompts(
             rows,
             self.chat_format,
             max_new_tokens=longest,
             context=self.context,
             source=source,
         )
+        check_token_ids(encoded, self.policy, "the policy")
+        return encoded
 
     def _sample(self, prompt_ids: list[list[int]]) -> Generated:
         config = self.config

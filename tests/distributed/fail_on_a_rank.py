@@ -15,7 +15,7 @@ from rlhf.ppo import RewardError
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    trainer = ppo(folder / "run", save_every=1)
+    trainer = ppo(folder / "run")
 
     def failing(prompts: list[Any], responses: list[str]) -> list[float]:
         if trainer.step == 1 and trainer.world.rank == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stories_on_ranks
 import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS
@@ -24,17 +25,22 @@ STRATEGIES = ["ddp", "fsdp", "hybrid"]
 TIMES = ("seconds/", "tokens_per_second")
 
 
+def torchrun(script: str, *arguments: str) -> list[str]:
+    """The command that runs a script beside this one in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*command, str(HERE / script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 def run_on_two_ranks(script: str, folder: Path, *arguments: str) -> Path:
     """Run a script beside this one in two processes; its folder of results."""
     folder.mkdir()
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*torchrun, str(HERE / script), *arguments, str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=600,
-    )
+    command = torchrun(script, *arguments, str(folder))
+    subprocess.run(command, env=environment(), check=True, timeout=600)
     return folder
 
 
@@ -108,11 +114,42 @@ def test_a_checkpoint_of_two_ranks_loads_in_one_process(
         torch.testing.assert_close(weights(tmp_path / name)[key], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_match_one_process_on_a_real_model(
+    tmp_path: Path, stories_dir: Path, parallel: str
+) -> None:
+    """Figures (the losses among them), the first step's gradients, and the policy afterwards."""
+    one = tmp_path / "one"
+    one.mkdir()
+    stories_on_ranks.train(str(stories_dir), "ddp", one)
+    two = run_on_two_ranks("stories_on_ranks.py", tmp_path / "two", str(stories_dir), parallel)
+    expected, found = (json.loads((at / "figures.json").read_text()) for at in (one, two))
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if not name.startswith(TIMES):
+                assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert expected[0]["kl"] < 1e-3 < expected[1]["kl"]  # the second batch is of another policy
+    gradients, others = (torch.load(at / "gradients.pt") for at in (one, two))
+    for model in ("policy", "critic"):
+        assert gradients[model].keys() == others[model].keys()
+        largest = max(gradient.abs().max().item() for gradient in gradients[model].values())
+        for name, gradient in gradients[model].items():
+            torch.testing.assert_close(others[model][name], gradient, rtol=0, atol=1e-5 * largest)
+    ours, theirs = weights(one / "run"), weights(two / "run")
+    start = weights(stories_dir)
+    for name, value in ours.items():
+        # Eight steps of 5e-4 at most; rounding may move a weight by a small share of one.
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=5e-5)
+        assert (value - start[name]).abs().max() > 5e-4
+
+
 def test_a_reward_that_fails_on_one_rank_ends_both_and_loses_nothing(tmp_path: Path) -> None:
+    """No checkpoint was asked for; both write one together when the reward fails."""
     folder = run_on_two_ranks("fail_on_a_rank.py", tmp_path / "out")
     assert "the judge is away" in (folder / "rank1").read_text()
     assert "RewardError on rank 1: the reward raised Conn" in (folder / "rank0").read_text()
-    trainer = TRAININGS["ppo"](folder / "run", save_every=1)
+    trainer = TRAININGS["ppo"](folder / "run")
     trainer.resume(allow=["world_size"])
     assert trainer.step == 1
     trainer.train()

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -14,7 +15,6 @@ from rlhf.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = ["Once upon a time", "One day, Lily", "Tom and his dog", "The little girl"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stories_ppo.py"
-SEEDS = [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4)]]
 ESTIMATORS = {
     "gae": {},
     "reinforce++": {},
@@ -46,17 +46,29 @@ def make_trainer(stories_dir: Path, tmp_path: Path, **settings: Any) -> PPOTrain
     return PPOTrainer(config, str(stories_dir), str(stories_dir), PROMPTS, letter_share)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_reward_rises_at_a_small_divergence(
-    stories_dir: Path, tmp_path: Path, estimator: str, seed: int
-) -> None:
+class Outcome(NamedTuple):
+    """What a training changed, over 128 responses before it and as many after it."""
+
+    before: float  # mean score
+    gain: float  # of the mean score
+    error: float  # standard error of that
+    kl: float  # nats, over 16 tokens
+    objective_gain: float  # of the score less the KL penalty: what PPO maximises
+
+
+def train(stories_dir: Path, tmp_path: Path, estimator: str, seed: int) -> Outcome:
+    """16 updates at half the rate at which KL begins to run away.
+
+    At twice the rate 12 updates gained as much score, for 4.0 nats with a spread over seeds of 0.6
+    (REINFORCE++, whose one baseline for all prompts leaves the most noise) in place of 2.6 with
+    0.26, and the penalty ate the gain: the seed decided how far the policy overshot.
+    """
     trainer = make_trainer(
         stories_dir,
         tmp_path,
         advantage_estimator=estimator,
-        total_updates=12,
-        learning_rate=5e-4,
+        total_updates=16,
+        learning_rate=2.5e-4,
         warmup_ratio=0.2,
         kl_coef=0.1,
         seed=seed,
@@ -64,16 +76,45 @@ def test_the_reward_rises_at_a_small_divergence(
     )
     sample = (PROMPTS * 32)[: 128 // trainer.config.responses_per_prompt]
     before = trainer.rollout(sample)
+    assert before.kl.abs().max() < 1e-4
     trainer.train()
     after = trainer.rollout(sample)
-    assert before.kl.abs().max() < 1e-4
-    gain = (after.scores.mean() - before.scores.mean()).item()
-    error = ((after.scores.var() + before.scores.var()) / len(before)).sqrt().item()
-    assert gain > 5 * error  # not the luck of the sample
-    assert gain > 0.4 * before.scores.mean().item()  # the 20 runs gain 53 to 96 %
-    assert after.kl.sum(1).mean() < 5.0  # nats, over 16 tokens; they reach 2.8 to 4.4
-    # What PPO maximises, the score less the KL penalty, has risen as well.
-    assert after.rewards.sum(1).mean() > before.rewards.sum(1).mean() - 2 * error
+    return Outcome(
+        before.scores.mean().item(),
+        (after.scores.mean() - before.scores.mean()).item(),
+        ((after.scores.var() + before.scores.var()) / len(before)).sqrt().item(),
+        after.kl.sum(1).mean().item(),
+        (after.rewards.sum(1).mean() - before.rewards.sum(1).mean()).item(),
+    )
+
+
+def check(outcome: Outcome) -> None:
+    """Bounds some three spreads over seeds away from the means: ten seeds of each estimator."""
+    assert outcome.gain > 5 * outcome.error  # not the luck of the sample; means of 8.2 to 10.2
+    assert outcome.gain > 0.4 * outcome.before  # 0.67 to 0.84; the least of all was 0.55
+    assert outcome.kl < 3.6  # 1.9 to 2.6 with spreads of 0.26; the most was 3.0
+    assert outcome.objective_gain > 0.0  # 0.13 with spreads of 0.03 to 0.05; the least was 0.04
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_reward_rises_at_a_small_divergence(
+    stories_dir: Path, tmp_path: Path, estimator: str
+) -> None:
+    check(train(stories_dir, tmp_path, estimator, seed=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_reward_rises_with_every_seed(
+    stories_dir: Path, tmp_path: Path, estimator: str
+) -> None:
+    outcomes = [train(stories_dir, tmp_path / str(seed), estimator, seed) for seed in range(5)]
+    for outcome in outcomes:
+        check(outcome)
+    # Over seeds, what PPO maximises has risen for certain, and not only where the sample was lucky.
+    gains = [outcome.objective_gain for outcome in outcomes]
+    assert fmean(gains) > 4 * stdev(gains) / len(gains) ** 0.5
+    assert fmean(gains) > 0.08
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_policy import make_policy
+from tiny_policy import EOS_IDS, make_policy
 
 from rlhf.models import scalar_model_from_causal
 from rlhf.ppo import Experience, PPOConfig
@@ -176,3 +176,51 @@ def test_temperature_enters_every_logprob(make_trainer: Any) -> None:
     torch.testing.assert_close(made.logprobs, expected, **ROUNDING)
     torch.testing.assert_close(made.ref_logprobs, expected, **ROUNDING)
     assert (made.logprobs - response_logprobs(trainer.policy, made, 1.0)).abs().max() > 0.1
+
+
+def test_the_score_stands_at_the_last_valid_token_whatever_is_masked() -> None:
+    """A tool's output in the middle, a last token that is not trained, a response of one token."""
+    mask = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    made = experience(
+        responses=torch.full((3, 4), 7),
+        response_mask=mask,
+        prompts=[{"prompt": "a"}] * 3,
+        texts=["x"] * 3,
+        ended=torch.tensor([True, True, True]),
+        scores=torch.tensor([2.0, -1.0, 3.0]),
+        logprobs=torch.where(mask, -1.0, torch.nan),
+        ref_logprobs=torch.where(mask, -1.5, torch.nan),
+        values=torch.where(mask, 0.5, torch.nan),
+    )
+    estimate(made, config())
+    penalty = -0.1 * 0.5  # at every valid token
+    expected = torch.tensor(
+        [
+            [penalty, 0, penalty + 2.0, 0],
+            [penalty, penalty - 1.0, 0, 0],
+            [penalty + 3.0, 0, 0, 0],
+        ]
+    )
+    torch.testing.assert_close(made.rewards, expected, atol=1e-6, rtol=1e-6)
+    # A = δ + γλ A_next over valid tokens; the first row's two are neighbours.
+    last = penalty + 2.0 - 0.5
+    first = penalty + 0.9 * 0.5 - 0.5 + 0.45 * last
+    torch.testing.assert_close(made.advantages[0], torch.tensor([first, 0, last, 0]))
+    torch.testing.assert_close(made.advantages[2], torch.tensor([penalty + 3.0 - 0.5, 0, 0, 0]))
+
+
+def test_the_score_of_a_sampled_response_stands_at_the_token_that_ended_it(
+    make_trainer: Any,
+) -> None:
+    trainer = make_trainer(
+        kl_coef=0.0, reward=lambda prompts, responses: [1.0 + n for n in range(len(responses))]
+    )
+    made = trainer.rollout(trainer.rows * 4)
+    assert made.ended.any() and not made.ended.all()
+    for row, (mask, ended) in enumerate(zip(made.response_mask, made.ended)):
+        last = int(mask.sum()) - 1
+        assert mask[: last + 1].all()
+        assert made.rewards[row, last] == made.scores[row]
+        assert made.rewards[row].count_nonzero() == 1
+        assert (made.responses[row, last].item() in EOS_IDS) == ended
+        assert ended or last + 1 == trainer.config.max_new_tokens
