@@ -45,7 +45,8 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
     afterwards; they must not change inside.
 
     Args:
-        model: Its float32 layers on a CPU are meant; others stay as they are.
+        model: Its layers of float32 or, where the processor has products of it, bfloat16 on a CPU
+            are meant; others stay as they are.
         rows: How many there will be, about.
     """
     # A compiler would have to know what packed weights look like.
@@ -56,7 +57,7 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
     layers = [
         layer
         for layer in linear_layers(model)
-        if layer.weight.dtype == torch.float32 and type(layer.weight.data) is Tensor
+        if layer.weight.dtype in _packed_dtypes() and type(layer.weight.data) is Tensor
     ]
     with _keeping_forwards(layers):
         for layer in layers:
@@ -79,9 +80,18 @@ def _keeping_forwards(layers: list[nn.Linear]) -> Iterator[None]:
                 vars(layer).pop("forward", None)
 
 
+def _packed_dtypes() -> tuple[torch.dtype, ...]:
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+
+
 def _with_packed(layer: nn.Linear, packed: Tensor) -> Any:
+    dtype = layer.weight.dtype
+
     def forward(x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype:
+            x = x.to(dtype)
+        elif torch.is_autocast_enabled("cpu") or x.dtype != dtype:
             return nn.functional.linear(x, layer.weight, layer.bias)
         return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
 

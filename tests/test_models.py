@@ -42,6 +42,7 @@ from rlhf.models import (
     token_scores,
 )
 from rlhf.models.packed import (
+    attend_by_rows,
     attending_by_rows,
     attends_packed,
     can_attend_by_rows,
@@ -402,6 +403,38 @@ def test_rows_are_not_packed_where_that_would_be_wrong_or_slower() -> None:
     )
     for model in (eager, checkpointed, compiled, sliding):
         assert not packs(model, mask)
+
+
+def test_attention_of_16_bits_is_in_float32() -> None:
+    """Rows of equal and of unequal lengths alike: no further off than by storing in bfloat16."""
+    model, lengths = tiny_llama().bfloat16(), [[6, 6, 6], [6, 1, 3]]
+    assert packs(model, torch.ones(2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packs(tiny_llama(), torch.ones(2, 3))
+    for row_lengths in lengths:
+        tokens = sum(row_lengths)
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(1, heads, tokens, 8, generator=generator).bfloat16().requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        output, _ = attend_by_rows(model, query, key, value, None, row_lengths=row_lengths)
+        upstream = torch.randn(output.shape, generator=generator).bfloat16()
+        found = output, *torch.autograd.grad(output, (query, key, value), upstream)
+        wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+        starts = torch.tensor(row_lengths).cumsum(0)
+        row = torch.bucketize(torch.arange(tokens), starts, right=True)
+        seen = (row[:, None] == row) & torch.ones(tokens, tokens).tril().bool()
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            *wide, attn_mask=seen, enable_gqa=True
+        ).transpose(1, 2)
+        expected = exact, *torch.autograd.grad(exact, wide, upstream.double())
+        for a, b in zip(found, expected):
+            assert a.dtype == torch.bfloat16 and a.shape == b.shape
+            # Rounded once; float32's own rounding is at the size of the largest.
+            half = torch.finfo(torch.bfloat16).eps / 2
+            bound = b.abs() * half + b.abs().max() * 2.0**-20
+            assert ((a.double() - b).abs() <= bound).all()
 
 
 def test_attention_is_as_before_after_an_error() -> None:

@@ -54,6 +54,31 @@ def test_memory_is_taken_while_the_weights_are_read_alone(tmp_path: Path) -> Non
     assert mib_in_memory() - before < 8
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_of_layers_one_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 2048), nn.ModuleList(nn.Linear(2048, 2048) for _ in "abcd"))
+
+    def run_layers(model: nn.Sequential) -> list[float]:
+        x, found = model[0](torch.ones(1, 8)), []
+        for layer in model[1]:  # 16 MiB each
+            x = layer(x)
+            found.append(mib_in_memory())
+        return found
+
+    def output(model: nn.Sequential) -> torch.Tensor:
+        x = model[0](torch.ones(1, 8))
+        for layer in model[1]:
+            x = layer(x)
+        return x
+
+    expected = Frozen(model, TrainingConfig(dtype="float32")).run(output)
+    frozen = Frozen(model, TrainingConfig(dtype="float32"), parked_in=tmp_path)
+    frozen.run(run_layers)
+    before = mib_in_memory()
+    assert max(frozen.run(run_layers)) - before < 8
+    assert torch.equal(frozen.run(output), expected)
+
+
 def test_an_update_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     found = {}
     for on_disk in (False, True):

@@ -1,15 +1,20 @@
-"""Weights of a model that is only read, in a file, and in memory while they are read."""
+"""Weights of a model that is only read, in a file, and in memory while they are read.
+
+Of a transformer, a layer at a time: each is let go as soon as it has been run.
+"""
 
 from __future__ import annotations
 
 import mmap
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.engine.parallel import decoder_layers
 from rlhf.files import OutputError
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype needs
@@ -52,11 +57,24 @@ class ParkedWeights:
                 )
                 tensor.data = flat.view(tensor.shape)
         self.release()
+        place_of = dict(zip(map(id, tensors), places))
+        for layer in decoder_layers(model):
+            own = [*layer.parameters(), *layer.buffers()]
+            start = min((place_of[id(tensor)] for tensor in own), default=0)
+            end = max((place_of[id(tensor)] + tensor.nbytes for tensor in own), default=0)
+            layer.register_forward_hook(partial(self._release_layer, start, end))
 
     def release(self) -> None:
         """Take the weights out of this process's memory, until they are read again."""
         if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _release_layer(self, start: int, end: int, *of_hook: object) -> None:
+        """The whole pages between two places in the file."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED") and length > 0:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def _append(file: BinaryIO, tensor: Tensor) -> int:

@@ -1,7 +1,9 @@
 """The trunk on real tokens alone: rows of a batch one behind the other, without padding.
 
 With flash attention transformers finds the rows by their positions. On a CPU an attention of our
-own goes from row to row; all other layers see one long row either way.
+own goes from row to row; all other layers see one long row either way. It is PyTorch's, in float32:
+in bfloat16 its backward takes three times as long (8 rows, 9 heads, 63 tokens of 64: 12.7 ms and
+4.0 ms on two cores of Zen 4), and rounds more.
 """
 
 from __future__ import annotations
@@ -21,11 +23,10 @@ def packs(model: Any, attention_mask: Tensor) -> bool:
     """Whether ``packed_hidden_states`` is right for the model and worth it for this batch."""
     if attends_packed(model):
         return True
-    return (
-        attention_mask.device.type == "cpu"
-        and can_attend_by_rows(model)
-        and not bool(attention_mask.all())
-    )
+    if attention_mask.device.type != "cpu" or not can_attend_by_rows(model):
+        return False
+    in_16_bits = torch.is_autocast_enabled("cpu") or model.dtype != torch.float32
+    return in_16_bits or not bool(attention_mask.all())
 
 
 def attends_packed(model: Any) -> bool:
@@ -110,13 +111,20 @@ def attend_by_rows(
     Returns:
         [1, tokens, heads, size], and no attention weights.
     """
+    all_rows = [x.float() for x in (query, key, value)]
+    if len(set(row_lengths)) == 1:  # a batch
+        parts = [tuple(x.unflatten(2, (len(row_lengths), -1))[0].transpose(0, 1) for x in all_rows)]
+    else:
+        parts = list(zip(*(x.split(list(row_lengths), dim=2) for x in all_rows)))
     rows = [
         torch.nn.functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
-        for q, k, v in zip(*(x.split(list(row_lengths), dim=2) for x in (query, key, value)))
+        for q, k, v in parts
     ]
-    return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+    # From [rows, heads, tokens, size], one part or one for each row.
+    tokens = [part.transpose(1, 2).flatten(0, 1) for part in rows]
+    return torch.cat(tokens)[None].to(query.dtype), None
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
