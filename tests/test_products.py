@@ -165,6 +165,29 @@ def test_weights_packed_for_sampling_are_gone_afterwards() -> None:
     assert "forward" not in vars(plain[0])
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here"
+)
+def test_bfloat16_weights_are_packed_too() -> None:
+    """Also where autocast rounds what comes in; other types go past the packed weights."""
+    layer, x = nn.Linear(64, 48).bfloat16(), normal(4, 64, seed=1)
+    rounded, weight = x.bfloat16().double(), layer.weight.double()
+    exact = rounded @ weight.t() + layer.bias.double()
+    sizes = rounded.abs() @ weight.abs().t() + layer.bias.double().abs()
+    # Summed in float32, rounded once.
+    bound = exact.abs() * torch.finfo(torch.bfloat16).eps / 2 + 65 * EPS * sizes
+    with torch.no_grad(), packed_for_sampling(layer, rows=4):
+        assert "forward" in vars(layer)
+        found = [layer(x.bfloat16())]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found += [layer(x), layer(x.bfloat16())]
+        with pytest.raises(RuntimeError):  # as without packing
+            layer(x.double())
+    for output in found:
+        assert output.dtype == torch.bfloat16
+        assert bool(((output.double() - exact).abs() <= bound).all())
+
+
 def test_compiled_layers_are_not_packed() -> None:
     model = small_model()
     model[3].compile()
