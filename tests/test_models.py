@@ -405,7 +405,8 @@ def test_rows_are_not_packed_where_that_would_be_wrong_or_slower() -> None:
         assert not packs(model, mask)
 
 
-def test_attention_of_16_bits_is_in_float32() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_16_bits_is_in_float32(autocast: bool) -> None:
     """Rows of equal and of unequal lengths alike: no further off than by storing in bfloat16."""
     model, lengths = tiny_llama().bfloat16(), [[6, 6, 6], [6, 1, 3]]
     assert packs(model, torch.ones(2, 3))
@@ -418,7 +419,8 @@ def test_attention_of_16_bits_is_in_float32() -> None:
             torch.randn(1, heads, tokens, 8, generator=generator).bfloat16().requires_grad_()
             for heads in (4, 2, 2)
         )
-        output, _ = attend_by_rows(model, query, key, value, None, row_lengths=row_lengths)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output, _ = attend_by_rows(model, query, key, value, None, row_lengths=row_lengths)
         upstream = torch.randn(output.shape, generator=generator).bfloat16()
         found = output, *torch.autograd.grad(output, (query, key, value), upstream)
         wide = [x.detach().double().requires_grad_() for x in (query, key, value)]

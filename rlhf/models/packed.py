@@ -116,12 +116,13 @@ def attend_by_rows(
         parts = [tuple(x.unflatten(2, (len(row_lengths), -1))[0].transpose(0, 1) for x in all_rows)]
     else:
         parts = list(zip(*(x.split(list(row_lengths), dim=2) for x in all_rows)))
-    rows = [
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        for q, k, v in parts
-    ]
+    with torch.autocast("cpu", enabled=False):  # which would round it all to bfloat16
+        rows = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            for q, k, v in parts
+        ]
     # From [rows, heads, tokens, size], one part or one for each row.
     tokens = [part.transpose(1, 2).flatten(0, 1) for part in rows]
     return torch.cat(tokens)[None].to(query.dtype), None
