@@ -141,7 +141,7 @@ def test_the_adaptive_coefficient_holds_its_target(
     )
     metrics = [trainer.update(trainer.rollout(prompts)) for prompts in trainer.prompts]
     second_half = [update["kl"] for update in metrics[50:]]
-    assert sum(second_half) / 50 == pytest.approx(6.0, rel=0.2)  # the seeds reach 6.2 to 6.4
+    assert sum(second_half) / 50 == pytest.approx(6.0, rel=0.2)  # the seeds reach 6.2 to 6.5
     assert max(second_half) < 12
     coefficients = [update["kl_coef"] for update in metrics]
     assert min(coefficients) < 0.1  # it fell while the policy was near the reference,
