@@ -373,6 +373,25 @@ def test_rows_packed_one_behind_the_other_give_the_same(family: str, side: str) 
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_packed_rows_of_float64_keep_its_digits() -> None:
+    model = tiny_llama().double().eval()
+    ids, mask = padded_rows("left")
+    assert packs(model, mask) and not packs(model, torch.ones_like(mask))
+    positions = position_ids_from_mask(mask)
+    padded = model.model(ids, attention_mask=mask.long(), position_ids=positions)
+    found = hidden_states(model, ids, mask)[mask]
+    assert found.dtype == torch.float64
+    # Norms and rotary positions are float32's in transformers, attention is not.
+    mixed = model.model.layers[0].self_attn
+    query = torch.randn(1, 4, 5, 8, dtype=torch.float64)
+    output, _ = attend_by_rows(mixed, query, query, query, None, row_lengths=[2, 3])
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, :2], query[:, :, :2], query[:, :, :2], is_causal=True
+    )
+    torch.testing.assert_close(output[:, :2], exact.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, padded.last_hidden_state[mask], rtol=1e-5, atol=1e-5)
+
+
 def test_rows_for_flash_attention_are_told_apart_by_their_positions() -> None:
     """What flash attention is given; PyTorch's understands it too, only slower."""
     model = tiny_llama().eval()

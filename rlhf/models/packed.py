@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 BY_ROWS = "rlhf_by_rows"
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def packs(model: Any, attention_mask: Tensor) -> bool:
@@ -25,7 +26,7 @@ def packs(model: Any, attention_mask: Tensor) -> bool:
         return True
     if attention_mask.device.type != "cpu" or not can_attend_by_rows(model):
         return False
-    in_16_bits = torch.is_autocast_enabled("cpu") or model.dtype != torch.float32
+    in_16_bits = torch.is_autocast_enabled("cpu") or model.dtype in HALVES
     return in_16_bits or not bool(attention_mask.all())
 
 
@@ -111,7 +112,7 @@ def attend_by_rows(
     Returns:
         [1, tokens, heads, size], and no attention weights.
     """
-    all_rows = [x.float() for x in (query, key, value)]
+    all_rows = [x.float() if x.dtype in HALVES else x for x in (query, key, value)]
     if len(set(row_lengths)) == 1:  # a batch
         parts = [tuple(x.unflatten(2, (len(row_lengths), -1))[0].transpose(0, 1) for x in all_rows)]
     else:
