@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from benchmarks.ppo_trainer.cases import (
     Case,
     Run,
@@ -112,6 +114,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    if options.models and not (options.models / "policy" / "config.json").is_file():
+        parser.error(f"--models {options.models}: there is no policy/config.json in it")
     file = "ppo_trainer.json" if options.device == "cpu" else "ppo_trainer-cuda.json"
     output = options.output or (None if options.quick else RESULTS / file)
     about = machine()
