@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.engine.adamw_8bit import AdamW8bit
 from rlhf.engine.config import TrainingConfig
-from rlhf.engine.cpu_memory import keep_freed_memory
 from rlhf.engine.lora import has_lora, merged_weights
 from rlhf.engine.optimizer import (
     MasterWeights,
@@ -28,6 +27,7 @@ from rlhf.engine.parallel import call_gathered, decoder_layers, distribute, summ
 from rlhf.engine.precision import autocast, resolve_dtype
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.world import World
+from rlhf_kernels.cpu_memory import keep_freed_memory
 from rlhf_kernels.linear_layers import use_fast_products
 
 logger = logging.getLogger(__name__)

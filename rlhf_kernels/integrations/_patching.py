@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -93,12 +93,22 @@ class Replacement:
 
 
 class Patch:
-    """The replacements of one peer, as one thing that is there or is not."""
+    """The replacements of one peer, as one thing that is there or is not.
 
-    def __init__(self, peer: Peer, replacements: Sequence[Replacement]) -> None:
+    meanwhile: a context that holds while they are there.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        replacements: Sequence[Replacement],
+        meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.peer = peer
         self.replacements = tuple(replacements)
+        self.meanwhile = meanwhile
         self._theirs: list[Function] | None = None
+        self._open = ExitStack()
 
     @property
     def active(self) -> bool:
@@ -122,6 +132,7 @@ class Patch:
             _compare(replacement, function)
         self._theirs = theirs
         try:
+            self._open.enter_context(self.meanwhile())
             places = self._swap(dict(zip(theirs, self._ours)))
         except BaseException:
             self.unpatch()
@@ -143,6 +154,7 @@ class Patch:
             raise PatchError(f"{self.peer.package} is not patched")
         places = self._swap(dict(zip(self._ours, self._theirs)))
         self._theirs = None
+        self._open.close()
         return places
 
     @contextmanager

@@ -21,6 +21,8 @@ others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE a
   quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
   within the model only: do not patch there.
 - `forward`, `get_reward` and sampling multiply float32 by oneDNN where a CPU of AMD runs them.
+- On a machine without a GPU malloc keeps what is freed, for the whole process, until `unpatch`:
+  the system is asked for every gradient's memory anew otherwise (`rlhf_kernels.cpu_memory`).
 
 TRL 1.16 and later have no PPO. Replaced are `selective_log_softmax`, `entropy_from_logits` and
 `selective_log_softmax_and_entropy` of `trl.trainer.utils`, and the `ChunkedLogProbFunction` of
@@ -40,6 +42,11 @@ Where they differ on purpose:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
+
+from rlhf_kernels.cpu_memory import kept_freed_memory
 from rlhf_kernels.integrations import _trl_newer as newer
 from rlhf_kernels.integrations import _trl_samples as samples
 from rlhf_kernels.integrations._patching import (
@@ -89,6 +96,8 @@ _PPO_PATCH = Patch(
         Replacement(_PPO, forward, samples.forward),
         Replacement(_SCORES, get_reward, samples.reward),
     ],
+    # A GPU's training has its memory elsewhere.
+    meanwhile=lambda: nullcontext() if torch.cuda.is_available() else kept_freed_memory(),
 )
 
 _PATCH = PatchByVersion(_PPO_PATCH, newer.PATCH)

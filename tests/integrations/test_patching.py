@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -131,6 +132,26 @@ def test_undone_completely(peer: ModuleType, patch: Patch) -> None:
     assert sorted(patch.unpatch()) == sorted(places)
     assert state() == before
     assert not patch.active
+
+
+def test_what_holds_meanwhile(peer: ModuleType, patch: Patch) -> None:
+    seen = []
+
+    @contextmanager
+    def meanwhile() -> Iterator[None]:
+        seen.append(sys.modules["made_up.trainer"].half is half)
+        yield
+        seen.append(sys.modules["made_up.trainer"].half is half)
+
+    patch = Patch(PEER, patch.replacements, meanwhile)
+    with patch.patched():
+        assert seen == [False]
+    assert seen == [False, False]
+    patch.patch()
+    patch.unpatch()
+    assert seen == [False] * 4
+    refuses(Patch(PEER, [Replacement("made_up.none", half, sample)], meanwhile), "made_up.none")
+    assert seen == [False] * 4
 
 
 def test_undone_in_modules_imported_since(peer: ModuleType, patch: Patch) -> None:

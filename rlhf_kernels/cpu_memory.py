@@ -1,0 +1,68 @@
+"""Memory that a CPU's training frees and soon wants again.
+
+Every page that a process gets from the system has to be zeroed and mapped first: 4 us on a virtual
+machine, 3.4 s for the 850,000 of a backward pass of two models of 135M. glibc gives a large block
+back the moment it is freed; a step that frees its gradients and allocates them anew pays for all of
+them again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+INT_MAX = 2**31 - 1
+# What glibc arrives at by itself in a process that frees large blocks.
+MMAP_MAX, MMAP_THRESHOLD = 65536, 32 * 2**20
+
+_kept = False
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed instead of giving it back to the system, for this process.
+
+    Returns:
+        Whether it could: glibc has the setting, other C libraries do without.
+    """
+    global _kept
+    libc = _libc()
+    if libc is not None and not _kept:
+        _kept = bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, INT_MAX))
+    return _kept
+
+
+@contextmanager
+def kept_freed_memory() -> Iterator[None]:
+    """`keep_freed_memory` for what is done inside; unless it was kept before, it goes back then."""
+    before = _kept
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        if not before:
+            _give_back()
+
+
+def _give_back() -> None:
+    global _kept
+    libc = _libc()
+    if libc is None or not _kept:
+        return
+    libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
+    libc.malloc_trim(0)
+    _kept = False
+
+
+def _libc() -> Any:
+    """glibc, where that is the C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
