@@ -132,6 +132,15 @@ def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None
             )
 
 
+def same_dtype(reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected {reference.dtype}, "
+                f"the dtype of {reference_name}"
+            )
+
+
 def as_mask(mask: Tensor) -> Tensor:
     """The mask as bool. Integer masks (as tokenizers make them) count as valid where not 0."""
     if mask.dtype == torch.bool:

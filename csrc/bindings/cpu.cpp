@@ -21,7 +21,8 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit                            \
+        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit, isa::swiglu_forward,      \
+        isa::swiglu_backward                                                                 \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -270,6 +271,28 @@ void adamw_8bit(int64_t size, uintptr_t weights, uintptr_t remainder, uintptr_t 
   });
 }
 
+// (address, type, rows, columns, row stride)
+typedef std::tuple<uintptr_t, int, int64_t, int64_t, int64_t> RowsTuple;
+
+RowsIn rows_of(const RowsTuple& in) { return std::apply(rows_in, in); }
+
+void swiglu_forward(const RowsTuple& gate, const RowsTuple& up, uintptr_t hidden, int threads) {
+  active.swiglu_forward({rows_of(gate), rows_of(up), pointer<void>(hidden), threads});
+}
+
+void swiglu_backward(const RowsTuple& gate, const RowsTuple& up, const RowsTuple& grad_hidden,
+                     uintptr_t grad_gate, uintptr_t grad_up, uintptr_t hidden, int threads) {
+  active.swiglu_backward({
+      rows_of(gate),
+      rows_of(up),
+      rows_of(grad_hidden),
+      pointer<void>(grad_gate),
+      pointer<void>(grad_up),
+      pointer<void>(hidden),
+      threads,
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -293,4 +316,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
   module.def("adamw_8bit", &adamw_8bit, release_gil());
+  module.def("swiglu_forward", &swiglu_forward, release_gil());
+  module.def("swiglu_backward", &swiglu_backward, release_gil());
 }

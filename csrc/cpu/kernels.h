@@ -151,6 +151,20 @@ struct Adamw8bit {
   Adamw8bitSettings settings;
 };
 
+// Outputs are [rows, columns] without gaps, of the inputs' type, as everywhere below.
+struct SwigluForward {
+  RowsIn gate, up;
+  void* hidden;
+  int threads;
+};
+
+struct SwigluBackward {
+  RowsIn gate, up, grad_hidden;
+  void *grad_gate, *grad_up;
+  void* hidden;  // or null
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -161,6 +175,8 @@ struct Kernels {
   void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
   void (*adamw_8bit)(const Adamw8bit&);
+  void (*swiglu_forward)(const SwigluForward&);
+  void (*swiglu_backward)(const SwigluBackward&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -173,6 +189,8 @@ struct Kernels {
   void whiten(const Whiten& args);                                 \
   void ppo_loss(const PpoLoss& args);                              \
   void adamw_8bit(const Adamw8bit& args);                          \
+  void swiglu_forward(const SwigluForward& args);                  \
+  void swiglu_backward(const SwigluBackward& args);                \
   }
 
 RK_DECLARE_KERNELS(baseline)

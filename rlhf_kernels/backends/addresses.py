@@ -33,6 +33,11 @@ def unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[..., N], not empty, as a matrix with columns side by side; any row stride."""
+    return unit_columns(x.reshape(-1, x.shape[-1]))
+
+
 def series(x: Tensor | None) -> tuple[int, int]:
     """Address and row stride."""
     return ABSENT if x is None else (x.data_ptr(), x.stride(0))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import addresses, reference
-from rlhf_kernels.backends.addresses import address, float_rows, unit_columns, vector
+from rlhf_kernels.backends.addresses import address, as_rows, float_rows, unit_columns, vector
 from rlhf_kernels.ppo_types import (
     KL_ESTIMATORS,
     MASKED_STEPS,
@@ -34,6 +34,8 @@ PRIMITIVES = frozenset(
         "moments",
         "whiten",
         "ppo_loss_forward",
+        "swiglu_forward",
+        "swiglu_backward",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
@@ -341,6 +343,33 @@ def ppo_loss_forward(
     return loss, stats, grad_logprobs, grad_values, grad_entropy
 
 
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate)·up of tensors [..., N]."""
+    hidden = in_huge_pages(empty(gate.shape, gate.dtype))
+    if hidden.numel() > 0:
+        gate, up = as_rows(gate), as_rows(up)
+        _cpu.swiglu_forward(_rows(gate), _rows(up), hidden.data_ptr(), torch.get_num_threads())
+    return hidden
+
+
+def swiglu_backward(
+    gate: Tensor, up: Tensor, grad_hidden: Tensor, need_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of gate and up [..., N], and silu(gate)·up again (or None)."""
+    grad_gate, grad_up = (in_huge_pages(empty(gate.shape, gate.dtype)) for _ in range(2))
+    hidden = in_huge_pages(empty(gate.shape, gate.dtype)) if need_hidden else None
+    if gate.numel() > 0:
+        gate, up, grad_hidden = as_rows(gate), as_rows(up), as_rows(grad_hidden)
+        _cpu.swiglu_backward(
+            *map(_rows, (gate, up, grad_hidden)),
+            grad_gate.data_ptr(),
+            grad_up.data_ptr(),
+            address(hidden),
+            torch.get_num_threads(),
+        )
+    return grad_gate, grad_up, hidden
+
+
 def adamw_8bit(
     weights: Tensor,
     remainder: Tensor | None,
@@ -387,6 +416,11 @@ def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != (size,):
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise ValueError(f"{size} numbers of {dtype} are needed, not {found}")
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
+    """What the extension takes for a matrix whose columns stand side by side."""
+    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], *x.shape, x.stride(0)
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

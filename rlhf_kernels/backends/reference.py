@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
+from rlhf_kernels.backends.reference_layers import (  # noqa: F401 (primitives of this backend)
+    swiglu_backward,
+    swiglu_forward,
+)
 from rlhf_kernels.packing import Packed, at_tokens, valid_tokens
 from rlhf_kernels.ppo_types import GAEConfig, PPOLossConfig
 
@@ -27,6 +31,8 @@ PRIMITIVES = frozenset(
         "kl_penalty",
         "shaped_rewards",
         "masked_mean",
+        "swiglu_forward",
+        "swiglu_backward",
     }
 )
 

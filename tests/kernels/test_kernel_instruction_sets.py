@@ -11,6 +11,12 @@ from kernel_cases import ROW_PRIMITIVES, backends_for
 from test_kernel_gae import test_agrees_with_float64 as test_gae
 from test_kernel_gae import test_padding_and_holes_do_not_matter as test_gae_padding
 from test_kernel_gae import test_sizes as test_gae_sizes
+from test_kernel_layers import (
+    test_swiglu_agrees_with_float64,
+    test_swiglu_lets_special_values_through,
+    test_swiglu_over_the_whole_range,
+    test_swiglu_strides,
+)
 from test_kernel_ppo_loss import test_a_valid_nan_is_not_hidden as test_ppo_loss_nan
 from test_kernel_ppo_loss import test_agrees_with_float64 as test_ppo_loss
 from test_kernel_ppo_loss import test_any_mask as test_ppo_loss_masks
@@ -45,6 +51,10 @@ __all__ = [
     "test_ppo_loss_masks",
     "test_ppo_loss_nan",
     "test_ppo_loss_ties",
+    "test_swiglu_agrees_with_float64",
+    "test_swiglu_lets_special_values_through",
+    "test_swiglu_over_the_whole_range",
+    "test_swiglu_strides",
     "test_temperature",
 ]
 

@@ -1,0 +1,35 @@
+"""The reference backend's layers of Llama-like transformers: see `reference.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate)·up of tensors [..., N]."""
+    wide = _wide(gate)
+    return _stored(wide * wide.sigmoid() * _wide(up), gate)
+
+
+def swiglu_backward(
+    gate: Tensor, up: Tensor, grad_hidden: Tensor, need_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of gate and up [..., N], and silu(gate)·up again (or None)."""
+    wide, wide_up, grad = _wide(gate), _wide(up), _wide(grad_hidden)
+    sigmoid = wide.sigmoid()
+    # Of -gate, as 1 - sigmoid would lose the digits of what is left.
+    slope = sigmoid * (1.0 + wide * (-wide).sigmoid())
+    silu = wide * sigmoid
+    grad_gate, grad_up = grad * wide_up * slope, grad * silu
+    hidden = _stored(silu * wide_up, gate) if need_hidden else None
+    return _stored(grad_gate, gate), _stored(grad_up, gate), hidden
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _stored(result: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of the input, without gaps: operations keep the strides of theirs."""
+    return result.to(like.dtype).contiguous()

@@ -1,0 +1,169 @@
+"""Layers of Llama-like transformers: against float64, shapes, strides, and transformers' own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import EPS, backends_for, normal, on_cpu, within
+
+from rlhf_kernels.backends import UnsupportedOperationError
+from rlhf_kernels.ops.swiglu import swiglu, swiglu_backward
+
+pytestmark = pytest.mark.parametrize("backend", backends_for("swiglu_forward"))
+
+TINY = torch.finfo(torch.float32).smallest_normal
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+SHAPES = st.tuples(st.integers(0, 5), st.integers(0, 70))
+
+
+def plain_swiglu(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
+def check_swiglu(gate, up, grad, backend):
+    """Roundings at the size of each product: 2 of exp, at most 8 others.
+
+    Below the smallest normal float, sigmoid is off by that much.
+    """
+    leaves = [x.detach().requires_grad_() for x in (gate, up)]
+    hidden = swiglu(*leaves, backend=backend)
+    grads = torch.autograd.grad(hidden, leaves, grad)
+    exact = [on_cpu(x).requires_grad_() for x in (gate, up)]
+    expected = plain_swiglu(*exact)
+    expected_grads = torch.autograd.grad(expected, exact, on_cpu(grad))
+    g, u, h = (on_cpu(x) for x in (gate, up, grad))
+    sigmoid = g.sigmoid()
+    tiny = TINY * (1 + g.abs()) * (1 + u.abs()) * (1 + h.abs())
+    slope = sigmoid * (1 + g.abs() * (-g).sigmoid())
+    bounds = [x.abs() * 10 * EPS + tiny for x in (u * g * sigmoid, h * u * slope, h * g * sigmoid)]
+    again = swiglu_backward(gate, up, grad, backend=backend)
+    for ours in ((hidden, *grads), (again[2], *again[:2])):
+        for one, other, bound in zip(ours, (expected.detach(), *expected_grads), bounds):
+            assert one.dtype == gate.dtype and one.is_contiguous()
+            within(one, other, bound)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 100), (2, 3, 67), (1,), (9000, 5), (3, 40000)])
+def test_swiglu_agrees_with_float64(backend, dtype, shape):
+    gate, up, grad = (normal(*shape, seed=s, scale=3.0).to(dtype) for s in range(3))
+    check_swiglu(gate, up, grad, backend)
+
+
+@given(shape=SHAPES)
+def test_swiglu_shapes(backend, shape):
+    check_swiglu(*(normal(*shape, seed=s) for s in range(3)), backend)
+
+
+@DTYPES
+def test_swiglu_strides(backend, dtype):
+    """Halves of one product, a transposed tensor, an expanded gradient."""
+    gate, up = normal(5, 2, 134, seed=1).to(dtype).chunk(2, dim=-1)
+    check_swiglu(gate, up, normal(67, seed=2).to(dtype).expand(5, 2, 67), backend)
+    check_swiglu(gate.transpose(0, 2), up.transpose(0, 2), gate.transpose(0, 2), backend)
+
+
+def test_swiglu_over_the_whole_range(backend):
+    gate = torch.cat([torch.linspace(-200, 200, 1001), torch.tensor([-1e30, 1e30, -0.0])])
+    check_swiglu(gate, torch.full_like(gate, 3.0), torch.full_like(gate, -2.0), backend)
+
+
+@DTYPES
+def test_swiglu_lets_special_values_through(backend, dtype):
+    """As in float64; vectors and their tails alike."""
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0])
+    gate, up, grad = (x.flatten() for x in torch.meshgrid(special, special, special, indexing="ij"))
+    ours = swiglu_backward(*(x.to(dtype) for x in (gate, up, grad)), backend=backend)
+    exact = [on_cpu(x).requires_grad_() for x in (gate, up)]
+    hidden = plain_swiglu(*exact)
+    expected = [*torch.autograd.grad(hidden, exact, on_cpu(grad)), hidden.detach()]
+    for one, other in zip(ours, expected):
+        assert torch.equal(one.isnan().cpu(), other.isnan())
+        assert torch.equal(on_cpu(one).isposinf(), other.isposinf())
+        assert torch.equal(on_cpu(one).isneginf(), other.isneginf())
+
+
+def check_float64(backend, function, *inputs):
+    """Only the reference computes in it."""
+    leaves = [x.double().requires_grad_() for x in inputs]
+    if backend == "reference":
+        assert torch.autograd.gradcheck(function, leaves)
+    else:
+        with pytest.raises(UnsupportedOperationError):
+            function(*leaves)
+
+
+def test_swiglu_in_float64(backend):
+    check_float64(
+        backend,
+        lambda gate, up: swiglu(gate, up, backend=backend),
+        *(normal(3, 5, seed=s) for s in range(2)),
+    )
+
+
+def test_swiglu_is_checked(backend):
+    x = normal(2, 4, seed=1)
+    with pytest.raises(ValueError, match="up has shape"):
+        swiglu(x, x[:, :3], backend=backend)
+    with pytest.raises(TypeError, match="up has dtype torch.bfloat16"):
+        swiglu(x, x.bfloat16(), backend=backend)
+    with pytest.raises(TypeError, match="gate has dtype"):
+        swiglu(x.int(), x.int(), backend=backend)
+    with pytest.raises(ValueError, match="gate has shape"):
+        swiglu(x[0, 0], x[0, 0], backend=backend)
+
+
+def test_swiglu_is_that_of_transformers(backend):
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+    layer = LlamaMLP(LlamaConfig(hidden_size=24, intermediate_size=50, num_attention_heads=4))
+    x = normal(3, 7, 24, seed=1).cpu()
+    hidden = swiglu(layer.gate_proj(x), layer.up_proj(x), backend=backend)
+    torch.testing.assert_close(layer.down_proj(hidden), layer(x))
+
+
+def check_compiled(function, *inputs):
+    """Without graph breaks, with the same bits, and with gradients."""
+    torch.compiler.reset()
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = run(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_swiglu_operators(backend):
+    gate, up, grad = (normal(3, 5, seed=s) for s in range(3))
+    operators = torch.ops.rlhf_kernels
+    leaves = [x.clone().requires_grad_() for x in (gate, up)]
+    torch.library.opcheck(operators.swiglu.default, (*leaves, backend))
+    for need_hidden in (False, True):
+        arguments = (gate, up, grad, need_hidden, backend)
+        torch.library.opcheck(operators.swiglu_backward.default, arguments)
+    check_compiled(lambda g, u: swiglu(g, u, backend=backend), gate, up)
+
+
+def check_threads(backend, compute):
+    """The kernel gives the same bits for any number of threads; PyTorch need not."""
+    if backend != "cpu":
+        pytest.skip("has no threads of its own")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for several in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], several))
+
+
+def test_swiglu_for_any_number_of_threads(backend):
+    gate, up, grad = (normal(300, 333, seed=s) for s in range(3))
+    check_threads(backend, lambda: swiglu_backward(gate, up, grad, backend=backend))
