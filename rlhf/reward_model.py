@@ -29,7 +29,7 @@ from rlhf.models import (
     load_tokenizer,
     score_head,
 )
-from rlhf_kernels.linear_layers import use_fast_products
+from rlhf_kernels.fast_layers import use_fast_layers
 
 # Scores of a few units carry rounding of about 1e-6; a difference below this is no preference.
 TIE_MARGIN = 1e-4
@@ -61,7 +61,7 @@ class RewardModel:
         self.dtype = dtype
         self.model = load_scalar_model(model)
         score_head(self.model)
-        use_fast_products(self.model)
+        use_fast_layers(self.model)
         self.tokenizer = load_tokenizer(tokenizer, model)
         self.chat_format = ChatFormat(self.tokenizer, template)
         self.template = template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -22,14 +22,6 @@ def use_fast_products(model: nn.Module) -> None:
         return
     for module in linear_layers(model):
         module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
-
-
-@contextmanager
-def fast_products(model: nn.Module) -> Iterator[None]:
-    """The same for what is called inside, backward passes of it included."""
-    with _keeping_forwards(linear_layers(model)):
-        use_fast_products(model)
-        yield
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
@@ -59,7 +51,7 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
         for layer in linear_layers(model)
         if layer.weight.dtype in _packed_dtypes() and type(layer.weight.data) is Tensor
     ]
-    with _keeping_forwards(layers):
+    with keeping_forwards(layers):
         for layer in layers:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
             layer.forward = _with_packed(layer, packed)  # type: ignore[method-assign]
@@ -67,7 +59,7 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 @contextmanager
-def _keeping_forwards(layers: list[nn.Linear]) -> Iterator[None]:
+def keeping_forwards(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Puts back what the layers' `forward` was, of the class or of the layer's own."""
     before = [vars(layer).get("forward") for layer in layers]
     try:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_kernels.linear_layers import fast_products, packed_for_sampling, use_fast_products
+from rlhf_kernels.fast_layers import fast_layers
+from rlhf_kernels.linear_layers import packed_for_sampling, use_fast_products
 from rlhf_kernels.ops import products
 
 pytestmark = pytest.mark.skipif(
@@ -118,7 +119,7 @@ def test_a_forward_that_someone_else_has_put_there_stays() -> None:
     model = small_model()
     model[0].forward = theirs = lambda x: x
     use_fast_products(model)
-    with fast_products(model), packed_for_sampling(model, rows=4):
+    with fast_layers(model), packed_for_sampling(model, rows=4):
         assert model[0].forward is theirs and "forward" in vars(model[3])
     assert model[0].forward is theirs
 
@@ -128,7 +129,7 @@ def test_a_model_can_have_them_for_a_while(monkeypatch: pytest.MonkeyPatch) -> N
     model(x).sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    with fast_products(model):
+    with fast_layers(model):
         assert "forward" in vars(model[0]) and "forward" not in vars(model[2])
         output = model(x)
     assert "forward" not in vars(model[0])

@@ -21,8 +21,8 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit, isa::swiglu_forward,      \
-        isa::swiglu_backward                                                                 \
+        isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::adamw_8bit,           \
+        isa::swiglu_forward, isa::swiglu_backward                                            \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -251,6 +251,12 @@ void ppo_loss(SequencesIn sequences, int64_t tokens, const PpoInputs& in, Clippi
   });
 }
 
+void transpose(uintptr_t from, int64_t rows, int64_t columns, int64_t row_stride, uintptr_t to,
+               int threads) {
+  active.transpose(
+      {pointer<const float>(from), rows, columns, row_stride, pointer<float>(to), threads});
+}
+
 // (beta1, 1 - beta1, beta2, 1 - beta2, factor of the squares' root, eps, weight's decay, rate)
 typedef std::tuple<float, float, float, float, float, float, float, float> AdamwSettingsIn;
 
@@ -315,6 +321,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("moments", &moments, release_gil());
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
+  module.def("transpose", &transpose, release_gil());
   module.def("adamw_8bit", &adamw_8bit, release_gil());
   module.def("swiglu_forward", &swiglu_forward, release_gil());
   module.def("swiglu_backward", &swiglu_backward, release_gil());

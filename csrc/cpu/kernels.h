@@ -128,6 +128,15 @@ struct PpoLoss {
   int threads;
 };
 
+struct Transpose {  // of [rows, columns], columns contiguous, to [columns, rows] without gaps
+  const float* from;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  float* to;
+  int threads;
+};
+
 constexpr int64_t kAdamw8bitBlock = 256;  // numbers with a scale of their own
 
 struct Adamw8bitSettings {
@@ -174,6 +183,7 @@ struct Kernels {
   void (*moments)(const MomentsOf&);
   void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
+  void (*transpose)(const Transpose&);
   void (*adamw_8bit)(const Adamw8bit&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
@@ -188,6 +198,7 @@ struct Kernels {
   void moments(const MomentsOf& args);                             \
   void whiten(const Whiten& args);                                 \
   void ppo_loss(const PpoLoss& args);                              \
+  void transpose(const Transpose& args);                           \
   void adamw_8bit(const Adamw8bit& args);                          \
   void swiglu_forward(const SwigluForward& args);                  \
   void swiglu_backward(const SwigluBackward& args);                \

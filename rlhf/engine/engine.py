@@ -28,7 +28,7 @@ from rlhf.engine.precision import autocast, resolve_dtype
 from rlhf.engine.schedule import learning_rate_factor
 from rlhf.engine.world import World
 from rlhf_kernels.cpu_memory import keep_freed_memory
-from rlhf_kernels.linear_layers import use_fast_products
+from rlhf_kernels.fast_layers import use_fast_layers
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Engine:
         if config.gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable")  # noqa: B009 (not on nn.Module)
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        use_fast_products(self.model)
+        use_fast_layers(self.model)
         if config.torch_compile:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True)

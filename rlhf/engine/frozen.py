@@ -15,7 +15,7 @@ from rlhf.engine.parallel import distribute
 from rlhf.engine.parked import ParkedWeights
 from rlhf.engine.precision import resolve_dtype
 from rlhf.engine.world import World
-from rlhf_kernels.linear_layers import use_fast_products
+from rlhf_kernels.fast_layers import use_fast_layers
 
 
 class Frozen:
@@ -46,7 +46,7 @@ class Frozen:
         device = World.join().device
         in_bfloat16 = config.weights == "bfloat16" and not exact
         self.model: Any = model.to(device).requires_grad_(False).eval()
-        use_fast_products(self.model)
+        use_fast_layers(self.model)
         dtype = torch.bfloat16 if in_bfloat16 else resolve_dtype(config.dtype, device)
         self.module = distribute(self.model, config.parallel, torch.float32 if exact else dtype)
         if in_bfloat16 and config.parallel in ("auto", "ddp"):

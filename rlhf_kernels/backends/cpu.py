@@ -412,6 +412,16 @@ def adamw_8bit(
     )
 
 
+def transposed(x: Tensor) -> Tensor:
+    """x.t() of float32 [M, N] in an order of its own, [N, M] without gaps; no primitive either."""
+    if x.dtype != torch.float32 or x.dim() != 2 or x.stride(1) != 1:
+        return x.t().contiguous()
+    out = x.new_empty(x.shape[1], x.shape[0])
+    threads = torch.get_num_threads()
+    _cpu.transpose(x.data_ptr(), *x.shape, x.stride(0), out.data_ptr(), threads)
+    return out
+
+
 def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != (size,):
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"

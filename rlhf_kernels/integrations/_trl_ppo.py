@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
-from rlhf_kernels.linear_layers import fast_products, packed_for_sampling
+from rlhf_kernels.fast_layers import fast_layers
+from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf_kernels.logprobs import token_logprobs
 
 
@@ -113,7 +114,7 @@ def forward(model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any
         is a plain linear layer; with the critic's values [B, L, 1] from a pair.
     """
     valid = query_responses != pad_token_id
-    with deferred_head(model), fast_products(model):
+    with deferred_head(model), fast_layers(model):
         return model(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,
@@ -141,7 +142,7 @@ def get_reward(
     valid = query_responses != pad_token_id
     prefix: Any = model.base_model_prefix
     trunk = getattr(model, prefix)
-    with fast_products(model):
+    with fast_layers(model):
         hidden = trunk(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,

@@ -1,0 +1,128 @@
+"""Llama-like layers of models on a CPU, run by this package's kernels.
+
+A layer is replaced where its class computes what ours does: that is seen on a few numbers, once for
+each class, not read off a list of names. Parameters and their names stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kernels.backends import unavailable_reason
+from rlhf_kernels.linear_layers import keeping_forwards, linear_layers, use_fast_products
+from rlhf_kernels.ops.gated_mlp import gated_mlp
+from rlhf_kernels.ops.rms_norm import rms_norm
+from rlhf_kernels.ops.swiglu import swiglu
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+_agrees: dict[tuple[type, ...], bool] = {}
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Have a model's linear layers, gated feed-forward layers and RMS norms run faster on a CPU.
+
+    Nothing changes on other devices, without the compiled kernels, and for layers that are not what
+    they seem: adapters, quantized weights, other activations.
+    """
+    use_fast_products(model)
+    for module, forward in _replaceable(model):
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+
+
+@contextmanager
+def fast_layers(model: nn.Module) -> Iterator[None]:
+    """The same for what is called inside, backward passes of it included."""
+    layers = [*linear_layers(model), *(module for module, _ in _replaceable(model))]
+    with keeping_forwards(layers):
+        use_fast_layers(model)
+        yield
+
+
+def _replaceable(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Layers that ours can stand in for, and what stands in for them."""
+    if unavailable_reason("cpu") is not None:
+        return
+    for module in model.modules():
+        if _is_gated_mlp(module):
+            if _same(module, _gated_mlp_forward):
+                yield module, _gated_mlp_forward
+        elif _is_rms_norm(module) and _same(module, _rms_norm_forward):
+            yield module, _rms_norm_forward
+
+
+def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    """`forward` of LlamaMLP and its like."""
+    layers = [getattr(self, name) for name in PROJECTIONS]
+    if x.device.type != "cpu":
+        return type(self).forward(self, x)
+    fusible = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if fusible and all(type(each) is nn.Linear and each.weight.dtype == x.dtype for each in layers):
+        return gated_mlp(x, *(each.weight for each in layers))
+    # Sampling has its layers' weights packed, and adapters may have been put in their place.
+    of_gate, of_up, of_down = layers
+    return of_down(swiglu(of_gate(x), of_up(x)))
+
+
+def _rms_norm_forward(self: Any, x: Tensor) -> Tensor:
+    """`forward` of LlamaRMSNorm and its like."""
+    if x.device.type != "cpu" or x.dtype != self.weight.dtype:
+        return type(self).forward(self, x)
+    return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    """Whether it has the three projections, plain ones, and an activation: not more."""
+    children = dict(module.named_children())
+    linear = [children.pop(name, None) for name in PROJECTIONS]
+    return (
+        list(children) == ["act_fn"]
+        and all(type(each) is nn.Linear and each.bias is None for each in linear)
+        and linear_layers(module) == linear
+        and not any(each._forward_hooks or each._forward_pre_hooks for each in linear if each)
+    )
+
+
+def _is_rms_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(getattr(module, "variance_epsilon", None), float)
+        and [name for name, _ in module.named_parameters()] == ["weight"]
+        and isinstance(weight, nn.Parameter)
+        and weight.dim() == 1
+        and weight.device.type == "cpu"
+    )
+
+
+def _same(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
+    """Whether modules of its class compute `forward`, on numbers drawn for the question.
+
+    Twice 16 roundings of float32: sums of other orders.
+    """
+    kind = (type(module), type(getattr(module, "act_fn", None)))
+    if kind not in _agrees:
+        _agrees[kind] = _agrees_on_a_sample(module, forward)
+    return _agrees[kind]
+
+
+@torch.no_grad()
+def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module).float()
+    twin.__dict__.pop("forward", None)
+    for parameter in twin.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    x = torch.randn(3, next(twin.parameters()).shape[-1], generator=generator)
+    expected = type(twin).forward(twin, x)
+    found = MethodType(forward, twin)(x)
+    bound = 32 * torch.finfo(torch.float32).eps * (1 + float(expected.abs().max()))
+    same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
+    return same_shape and bool(((found - expected).abs() <= bound).all())

@@ -1,0 +1,171 @@
+"""Layers of models run by this package's kernels: the same numbers, and only where they belong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP, Qwen3RMSNorm
+
+from rlhf_kernels import backends, fast_layers
+from rlhf_kernels.fast_layers import use_fast_layers
+from rlhf_kernels.ops.gated_mlp import gated_mlp
+
+pytestmark = pytest.mark.skipif(
+    backends.unavailable_reason("cpu") is not None, reason="the C++ kernels are not built"
+)
+EPS = torch.finfo(torch.float32).eps
+SIZES = {"hidden_size": 12, "intermediate_size": 20}
+IDS = torch.arange(24).view(2, 12) % 17
+
+
+def drawn(module: nn.Module) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return module
+
+
+def replaced(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+def results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and all gradients."""
+    x = x.clone().requires_grad_()
+    output = module(x)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
+    return [output, *torch.autograd.grad(output, [x, *module.parameters()], upstream)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "module",
+    [
+        drawn(LlamaMLP(LlamaConfig(**SIZES))),
+        drawn(Qwen3MLP(Qwen3Config(**SIZES))),
+        drawn(LlamaRMSNorm(12, eps=1e-5)),
+        drawn(Qwen3RMSNorm(12)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_results_and_gradients_are_those_of_float64(module: nn.Module, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    fast = copy.deepcopy(module).to(dtype)
+    use_fast_layers(fast)
+    assert replaced(fast)
+    exact = results(copy.deepcopy(module).to(dtype).double(), x.double())
+    theirs = results(copy.deepcopy(module).to(dtype), x)
+    for found, expected, plain in zip(results(fast, x), exact, theirs):
+        assert found.dtype == dtype
+        size = 1 + float(expected.abs().max())
+        error = float((found.double() - expected).abs().max())
+        # No farther off than PyTorch's own by more than a few roundings.
+        allowed = float((plain.double() - expected).abs().max()) + 4 * torch.finfo(dtype).eps * size
+        assert error <= allowed
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        drawn(GemmaMLP(GemmaConfig(**SIZES))),  # another activation
+        drawn(GemmaRMSNorm(12)),  # 1 + weight
+        nn.LayerNorm(12),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_what_computes_something_else_is_left_alone(module: nn.Module) -> None:
+    use_fast_layers(module)
+    assert not replaced(module)
+
+
+def test_a_class_that_looks_alike_is_left_alone() -> None:
+    class Scaled(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Other(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + 1e-3
+
+    for module in (Scaled(LlamaConfig(**SIZES)), Other(12)):
+        use_fast_layers(module)
+        assert not replaced(module)
+
+
+def test_biases_adapters_and_float64_are_left_to_pytorch() -> None:
+    with_bias = LlamaMLP(LlamaConfig(**SIZES, mlp_bias=True))
+    use_fast_layers(with_bias)
+    assert not replaced(with_bias)
+    mlp = drawn(LlamaMLP(LlamaConfig(**SIZES)))
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    expected = copy.deepcopy(mlp)
+    use_fast_layers(mlp)
+    expected.up_proj = mlp.up_proj = nn.Sequential(mlp.up_proj, nn.Tanh())  # since then
+    assert torch.allclose(mlp(x), expected(x), rtol=0, atol=32 * EPS * float(expected(x).max()))
+    assert torch.equal(mlp.double()(x.double()), expected.double()(x.double()))
+
+
+def test_under_autocast_it_is_pytorch_s_product() -> None:
+    mlp = drawn(LlamaMLP(LlamaConfig(**SIZES)))
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = mlp(x)
+        use_fast_layers(mlp)
+        found = mlp(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    size = float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= 4 * torch.finfo(torch.bfloat16).eps * size
+
+
+def test_a_model_has_the_same_logits_and_gradients_inside_and_is_as_before_after() -> None:
+    model = tiny_llama()
+    before = [vars(module).get("forward") for module in model.modules()]
+    plain = model(IDS).logits
+    plain.square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with fast_layers.fast_layers(model):
+        assert sum(map(replaced, model.modules())) >= 3 * model.config.num_hidden_layers
+        logits = model(IDS).logits
+    logits.square().mean().backward()
+    assert [vars(module).get("forward") for module in model.modules()] == before
+    assert torch.allclose(logits, plain, rtol=0, atol=64 * EPS * float(plain.abs().max()))
+    largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], rtol=0, atol=64 * EPS * largest), name
+
+
+def test_the_layer_can_be_compiled_and_checked() -> None:
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((3, 5), (7, 5), (7, 5), (4, 7))]
+    torch.library.opcheck(torch.ops.rlhf_kernels.gated_mlp, leaves)
+    compiled = torch.compile(gated_mlp, fullgraph=True)
+    expected = torch.autograd.grad(gated_mlp(*leaves).sum(), leaves)
+    for one, other in zip(torch.autograd.grad(compiled(*leaves).sum(), leaves), expected):
+        assert torch.allclose(one, other, rtol=0, atol=8 * EPS * (1 + float(other.abs().max())))
+
+
+def test_gradients_by_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (7, 5), (7, 5), (4, 7))
+    leaves = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    assert torch.autograd.gradcheck(gated_mlp, [leaf.requires_grad_() for leaf in leaves])
+    for needed in range(4):
+        some = [leaf.detach().requires_grad_(at == needed) for at, leaf in enumerate(leaves)]
+        assert torch.autograd.gradcheck(gated_mlp, some)
+
+
+def test_without_the_kernels_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_layers, "unavailable_reason", lambda name: "not built")
+    model = LlamaMLP(LlamaConfig(**SIZES))
+    use_fast_layers(model)
+    assert not replaced(model)
+    assert isinstance(model.act_fn, type(ACT2FN["silu"]))
