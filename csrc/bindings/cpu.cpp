@@ -22,7 +22,8 @@ namespace {
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
         isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::adamw_8bit,           \
-        isa::swiglu_forward, isa::swiglu_backward                                            \
+        isa::swiglu_forward, isa::swiglu_backward, isa::rms_norm_forward,                    \
+        isa::rms_norm_backward                                                               \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -299,6 +300,35 @@ void swiglu_backward(const RowsTuple& gate, const RowsTuple& up, const RowsTuple
   });
 }
 
+void rms_norm_forward(const RowsTuple& x, uintptr_t weight, double eps, uintptr_t out,
+                      uintptr_t rstd, int threads) {
+  active.rms_norm_forward({
+      rows_of(x),
+      pointer<const float>(weight),
+      eps,
+      pointer<void>(out),
+      pointer<float>(rstd),
+      threads,
+  });
+}
+
+void rms_norm_backward(const RowsTuple& grad, const RowsTuple& x, uintptr_t weight, uintptr_t rstd,
+                       uintptr_t grad_x, uintptr_t grad_weight, int threads) {
+  const RowsIn rows = rows_of(x);
+  const int64_t chunks = (rows.rows + kRmsNormChunk - 1) / kRmsNormChunk;
+  std::vector<float> scratch(grad_weight ? size_t(chunks * rows.columns) : 0);
+  active.rms_norm_backward({
+      rows_of(grad),
+      rows,
+      pointer<const float>(weight),
+      pointer<const float>(rstd),
+      pointer<void>(grad_x),
+      pointer<float>(grad_weight),
+      scratch.data(),
+      threads,
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -325,4 +355,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("adamw_8bit", &adamw_8bit, release_gil());
   module.def("swiglu_forward", &swiglu_forward, release_gil());
   module.def("swiglu_backward", &swiglu_backward, release_gil());
+  module.def("rms_norm_forward", &rms_norm_forward, release_gil());
+  module.def("rms_norm_backward", &rms_norm_backward, release_gil());
 }

@@ -174,6 +174,27 @@ struct SwigluBackward {
   int threads;
 };
 
+constexpr int64_t kRmsNormChunk = 32;  // rows whose parts of the weight's gradient add up first
+
+struct RmsNormForward {
+  RowsIn x;
+  const float* weight;
+  double eps;
+  void* out;
+  float* rstd;  // [rows]: rsqrt(mean(x^2) + eps)
+  int threads;
+};
+
+struct RmsNormBackward {
+  RowsIn grad, x;
+  const float* weight;
+  const float* rstd;  // as the forward left it
+  void* grad_x;
+  float* grad_weight;  // or null
+  float* scratch;      // zeros: a row for every started chunk; unused without grad_weight
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -187,6 +208,8 @@ struct Kernels {
   void (*adamw_8bit)(const Adamw8bit&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
+  void (*rms_norm_forward)(const RmsNormForward&);
+  void (*rms_norm_backward)(const RmsNormBackward&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -202,6 +225,8 @@ struct Kernels {
   void adamw_8bit(const Adamw8bit& args);                          \
   void swiglu_forward(const SwigluForward& args);                  \
   void swiglu_backward(const SwigluBackward& args);                \
+  void rms_norm_forward(const RmsNormForward& args);               \
+  void rms_norm_backward(const RmsNormBackward& args);             \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -36,6 +36,8 @@ PRIMITIVES = frozenset(
         "ppo_loss_forward",
         "swiglu_forward",
         "swiglu_backward",
+        "rms_norm_forward",
+        "rms_norm_backward",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
@@ -368,6 +370,45 @@ def swiglu_backward(
             torch.get_num_threads(),
         )
     return grad_gate, grad_up, hidden
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x·rstd·weight [..., N], and rstd = rsqrt(mean(x²) + eps) [rows]."""
+    out = in_huge_pages(empty(x.shape, x.dtype))
+    rstd = empty((math.prod(x.shape[:-1]),), torch.float32)
+    if x.numel() > 0:
+        x, weight = as_rows(x), vector(weight)
+        _cpu.rms_norm_forward(
+            _rows(x),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+            rstd.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return out, rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [..., N] and of the weight [N] (or None), rstd as the forward gave it."""
+    grad_x = in_huge_pages(empty(x.shape, x.dtype))
+    grad_weight = empty(weight.shape, torch.float32) if need_weight else None
+    if x.numel() > 0:
+        grad, x, wide = as_rows(grad), as_rows(x), vector(weight)
+        _cpu.rms_norm_backward(
+            _rows(grad),
+            _rows(x),
+            wide.data_ptr(),
+            rstd.data_ptr(),
+            grad_x.data_ptr(),
+            address(grad_weight),
+            torch.get_num_threads(),
+        )
+    elif grad_weight is not None:
+        grad_weight.zero_()
+    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 def adamw_8bit(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends.reference_layers import (  # noqa: F401 (primitives of this backend)
+    rms_norm_backward,
+    rms_norm_forward,
     swiglu_backward,
     swiglu_forward,
 )
@@ -33,6 +35,8 @@ PRIMITIVES = frozenset(
         "masked_mean",
         "swiglu_forward",
         "swiglu_backward",
+        "rms_norm_forward",
+        "rms_norm_backward",
     }
 )
 

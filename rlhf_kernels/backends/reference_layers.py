@@ -26,6 +26,28 @@ def swiglu_backward(
     return _stored(grad_gate, gate), _stored(grad_up, gate), hidden
 
 
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x·rstd·weight [..., N], and rstd = rsqrt(mean(x²) + eps) [rows]."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return _stored(wide * rstd * weight.to(wide.dtype), x), rstd.flatten()
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [..., N] and of the weight [N] (or None), rstd as the forward gave it."""
+    rstd = rstd.view(*x.shape[:-1], 1)
+    normalized, wide_grad = _wide(x) * rstd, _wide(grad)
+    weighted = wide_grad * weight.to(rstd.dtype)
+    mean = (weighted * normalized).mean(-1, keepdim=True)
+    grad_x = _stored(rstd * (weighted - normalized * mean), x)
+    if not need_weight:
+        return grad_x, None
+    columns = (wide_grad * normalized).reshape(rstd.numel(), weight.numel())
+    return grad_x, columns.sum(0).to(weight.dtype)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

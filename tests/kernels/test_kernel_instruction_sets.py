@@ -12,6 +12,9 @@ from test_kernel_gae import test_agrees_with_float64 as test_gae
 from test_kernel_gae import test_padding_and_holes_do_not_matter as test_gae_padding
 from test_kernel_gae import test_sizes as test_gae_sizes
 from test_kernel_layers import (
+    test_rms_norm_agrees_with_float64,
+    test_rms_norm_lets_special_values_through,
+    test_rms_norm_strides,
     test_swiglu_agrees_with_float64,
     test_swiglu_lets_special_values_through,
     test_swiglu_over_the_whole_range,
@@ -51,6 +54,9 @@ __all__ = [
     "test_ppo_loss_masks",
     "test_ppo_loss_nan",
     "test_ppo_loss_ties",
+    "test_rms_norm_agrees_with_float64",
+    "test_rms_norm_lets_special_values_through",
+    "test_rms_norm_strides",
     "test_swiglu_agrees_with_float64",
     "test_swiglu_lets_special_values_through",
     "test_swiglu_over_the_whole_range",

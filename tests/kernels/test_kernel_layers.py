@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import EPS, backends_for, normal, on_cpu, within
 
 from rlhf_kernels.backends import UnsupportedOperationError
+from rlhf_kernels.ops.rms_norm import rms_norm
 from rlhf_kernels.ops.swiglu import swiglu, swiglu_backward
 
 pytestmark = pytest.mark.parametrize("backend", backends_for("swiglu_forward"))
@@ -109,7 +110,7 @@ def test_swiglu_is_checked(backend):
     x = normal(2, 4, seed=1)
     with pytest.raises(ValueError, match="up has shape"):
         swiglu(x, x[:, :3], backend=backend)
-    with pytest.raises(TypeError, match="up has dtype torch.bfloat16"):
+    with pytest.raises(TypeError, match="up has dtype"):
         swiglu(x, x.bfloat16(), backend=backend)
     with pytest.raises(TypeError, match="gate has dtype"):
         swiglu(x.int(), x.int(), backend=backend)
@@ -167,3 +168,151 @@ def check_threads(backend, compute):
 def test_swiglu_for_any_number_of_threads(backend):
     gate, up, grad = (normal(300, 333, seed=s) for s in range(3))
     check_threads(backend, lambda: swiglu_backward(gate, up, grad, backend=backend))
+
+
+def plain_rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def check_rms_norm(x, weight, grad, backend, eps=1e-5):
+    """A sum of N terms rounds like sqrt(N), and a few more roundings come at the size of each term.
+
+    The mean in the gradient of x may be off by a share of its terms' magnitudes, and the gradient
+    of the weight is a sum over the rows.
+    """
+    leaves = [v.detach().requires_grad_() for v in (x, weight)]
+    out = rms_norm(*leaves, eps, backend=backend)
+    grads = torch.autograd.grad(out, leaves, grad)
+    exact = [on_cpu(v).requires_grad_() for v in (x, weight)]
+    expected = plain_rms_norm(*exact, eps)
+    expected_grads = torch.autograd.grad(expected, exact, on_cpu(grad))
+    wide, w, g = (on_cpu(v) for v in (x, weight, grad))
+    columns = x.shape[-1]
+    error = EPS * (math.sqrt(columns) + 12)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    z = (wide * rstd).abs()
+    mean = (w * g * z).abs().mean(-1, keepdim=True)
+    by_rows = (g * z).abs().reshape(-1, columns)
+    bounds = [
+        error * z * w.abs() + TINY,
+        error * rstd * ((w * g).abs() + z * mean) + TINY,
+        (error + EPS * math.sqrt(by_rows.shape[0])) * by_rows.sum(0) + TINY,
+    ]
+    assert out.dtype == grads[0].dtype == x.dtype and grads[1].dtype == weight.dtype
+    assert out.is_contiguous() and grads[0].is_contiguous()
+    for ours, theirs, bound in zip((out, *grads), (expected.detach(), *expected_grads), bounds):
+        within(ours, theirs, bound)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 100), (2, 3, 67), (1,), (5000, 5), (33, 5000)])
+def test_rms_norm_agrees_with_float64(backend, dtype, shape):
+    x, grad = (normal(*shape, seed=s, scale=3.0).to(dtype) for s in range(2))
+    check_rms_norm(x, normal(shape[-1], seed=2).to(dtype), grad, backend)
+
+
+@given(shape=st.tuples(st.integers(0, 5), st.integers(1, 70)))
+def test_rms_norm_shapes(backend, shape):
+    x, grad = (normal(*shape, seed=s) for s in range(2))
+    check_rms_norm(x, normal(shape[-1], seed=2), grad, backend)
+
+
+@DTYPES
+def test_rms_norm_strides(backend, dtype):
+    """Some of the columns, a transposed tensor, an expanded gradient, weights of another type."""
+    x = normal(5, 2, 134, seed=1).to(dtype)[..., 3:70]
+    grad = normal(67, seed=2).to(dtype).expand(5, 2, 67)
+    check_rms_norm(x, normal(67, seed=3), grad, backend)
+    check_rms_norm(
+        x.transpose(0, 2), normal(10, seed=3)[::2].bfloat16(), x.transpose(0, 2), backend
+    )
+
+
+def test_rms_norm_of_zeros_and_large_numbers(backend):
+    x = torch.stack([torch.zeros(40), torch.full((40,), 1e18), torch.full((40,), 1e-15)])
+    check_rms_norm(x, torch.ones(40), torch.ones(3, 40), backend)
+
+
+def test_rms_norm_without_columns(backend):
+    x, weight = torch.zeros(3, 0).requires_grad_(), torch.zeros(0).requires_grad_()
+    rms_norm(x, weight, backend=backend).sum().backward()
+    assert x.grad.shape == (3, 0) and weight.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_rms_norm_lets_special_values_through(backend, special):
+    """Each reaches its row and the weight's gradient, and no other row."""
+    x = normal(3, 37, seed=1)
+    x[1, 36] = special
+    x.requires_grad_()
+    weight = normal(37, seed=2).requires_grad_()
+    exact = [on_cpu(v).requires_grad_() for v in (x, weight)]
+    ours, theirs = rms_norm(x, weight, backend=backend), plain_rms_norm(*exact, 1e-6)
+    results = [ours, *torch.autograd.grad(ours.sum(), (x, weight))]
+    expected = [theirs, *torch.autograd.grad(theirs.sum(), exact)]
+    for one, other in zip(results, expected):
+        assert torch.equal(one.isnan().cpu(), other.isnan())
+
+
+def test_rms_norm_in_float64(backend):
+    check_float64(
+        backend,
+        lambda x, weight: rms_norm(x, weight, backend=backend),
+        normal(3, 5, seed=1),
+        normal(5, seed=2),
+    )
+
+
+def test_rms_norm_with_a_frozen_weight_or_input(backend):
+    x, weight = normal(70, 9, seed=1), normal(9, seed=2)
+    leaves = [v.clone().requires_grad_() for v in (x, weight)]
+    both = torch.autograd.grad(rms_norm(*leaves, backend=backend).square().sum(), leaves)
+    of_x = rms_norm(leaves[0], weight, backend=backend).square().sum()
+    assert torch.equal(torch.autograd.grad(of_x, leaves[0])[0], both[0])
+    of_weight = rms_norm(x, leaves[1], backend=backend).square().sum()
+    assert torch.equal(torch.autograd.grad(of_weight, leaves[1])[0], both[1])
+
+
+def test_rms_norm_is_checked(backend):
+    x = normal(2, 4, seed=1)
+    with pytest.raises(ValueError, match="weight has shape"):
+        rms_norm(x, x[0, :3], backend=backend)
+    with pytest.raises(TypeError, match="x has dtype"):
+        rms_norm(x.int(), x[0], backend=backend)
+    with pytest.raises(ValueError, match="x has shape"):
+        rms_norm(x[0, 0], x[0], backend=backend)
+    for eps in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="eps is"):
+            rms_norm(x, x[0], eps, backend=backend)
+
+
+def test_rms_norm_is_that_of_transformers(backend):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    layer = LlamaRMSNorm(50, eps=1e-5)
+    torch.nn.init.normal_(layer.weight)
+    x = normal(3, 7, 50, seed=1).cpu()
+    ours = rms_norm(x, layer.weight, layer.variance_epsilon, backend=backend)
+    torch.testing.assert_close(ours, layer(x))
+
+
+def test_rms_norm_operators(backend):
+    x, weight, grad = normal(2, 3, 5, seed=1), normal(5, seed=2), normal(2, 3, 5, seed=3)
+    operators = torch.ops.rlhf_kernels
+    leaves = [v.clone().requires_grad_() for v in (x, weight)]
+    torch.library.opcheck(operators.rms_norm.default, (*leaves, 1e-6, backend))
+    rstd = torch.rsqrt(x.square().mean(-1).flatten() + 1e-6)
+    for need_weight in (False, True):
+        arguments = (grad, x, weight, rstd, need_weight, backend)
+        torch.library.opcheck(operators.rms_norm_backward.default, arguments)
+    check_compiled(lambda x, w: rms_norm(x, w, 1e-6, backend=backend), x, weight)
+
+
+def test_rms_norm_for_any_number_of_threads(backend):
+    x, weight = normal(500, 333, seed=1).requires_grad_(), normal(333, seed=2).requires_grad_()
+
+    def compute():
+        out = rms_norm(x, weight, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), (x, weight))]
+
+    check_threads(backend, compute)
