@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
 from rlhf_kernels.fast_layers import fast_layers
+from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
 from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf_kernels.logprobs import token_logprobs
 

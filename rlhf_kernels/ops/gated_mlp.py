@@ -20,8 +20,8 @@ from rlhf_kernels.ops.swiglu import swiglu, swiglu_backward
 def _forward(
     x: Tensor, of_gate: Tensor, of_up: Tensor, of_down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up = product_with_rows(x, of_gate), product_with_rows(x, of_up)
-    return product_with_rows(swiglu(gate, up), of_down), gate, up
+    gate, up = product_with_rows(x, of_gate, None), product_with_rows(x, of_up, None)
+    return product_with_rows(swiglu(gate, up), of_down, None), gate, up
 
 
 def _forward_fake(
@@ -38,7 +38,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs, gate, up)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # of a result that nothing depends on
+        return None, None, None, None
     inputs = ctx.saved_tensors
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad, inputs[0], *inputs[4:])]
     grads = _gated_mlp_backward(*rows, *inputs[1:4], *ctx.needs_input_grad)

@@ -66,7 +66,7 @@ def takes_onednn(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def product_with_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product_with_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] @ weight [N, K].T + bias; not differentiable."""
     if takes_onednn(x, weight.t()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
