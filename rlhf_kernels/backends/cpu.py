@@ -38,6 +38,7 @@ PRIMITIVES = frozenset(
         "swiglu_backward",
         "rms_norm_forward",
         "rms_norm_backward",
+        "rotary",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
@@ -409,6 +410,34 @@ def rms_norm_backward(
     elif grad_weight is not None:
         grad_weight.zero_()
     return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool, out: Tensor) -> Tensor:
+    """x·cos + rotate_half(x)·sin of x [B, H, T, D] into `out`, or the adjoint: a gradient's."""
+    if x.numel() > 0:
+        x, cos, sin = unit_columns(x), *_rotary_tables(x, cos, sin)
+        _cpu.rotary(
+            tuple(x.shape),
+            *map(_heads, (x, cos, sin, out)),
+            adjoint,
+            torch.get_num_threads(),
+        )
+    return out
+
+
+def _rotary_tables(x: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Both as [B, 1, T, D], of the type of x where they are, else of float32."""
+    same = all(table.dtype == x.dtype for table in tables)
+    dtype = x.dtype if same else torch.float32
+    return [
+        unit_columns(table.to(dtype)).expand(x.shape[0], -1, -1).unsqueeze(1) for table in tables
+    ]
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
+    """What the extension takes for [B, H, T, D] whose last dimension has no gaps."""
+    sequence, head, step, _ = x.stride()
+    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], sequence, head, step
 
 
 def adamw_8bit(
