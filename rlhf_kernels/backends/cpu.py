@@ -489,8 +489,10 @@ def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
-    """What the extension takes for a matrix whose columns stand side by side."""
-    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], *x.shape, x.stride(0)
+    """What the extension takes for `as_rows`."""
+    columns = x.shape[-1]
+    stride = columns if x.is_contiguous() else x.stride(0)
+    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], x.numel() // columns, columns, stride
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
