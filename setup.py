@@ -31,6 +31,7 @@ CPU_KERNELS = [
     "adamw_8bit",
     "swiglu",
     "rms_norm",
+    "rotary",
 ]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.

@@ -23,7 +23,7 @@ namespace {
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
         isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::adamw_8bit,           \
         isa::swiglu_forward, isa::swiglu_backward, isa::rms_norm_forward,                    \
-        isa::rms_norm_backward                                                               \
+        isa::rms_norm_backward, isa::rotary                                                  \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -329,6 +329,38 @@ void rms_norm_backward(const RowsTuple& grad, const RowsTuple& x, uintptr_t weig
   });
 }
 
+// (address, type, stride of the sequences, of the heads, of the steps)
+typedef std::tuple<uintptr_t, int, int64_t, int64_t, int64_t> HeadsIn;
+
+HeadStrides head_strides(const HeadsIn& in) {
+  return {std::get<2>(in), std::get<3>(in), std::get<4>(in)};
+}
+
+// (sequences, heads, steps, width)
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t> HeadsShape;
+
+void rotary(const HeadsShape& shape, const HeadsIn& x, const HeadsIn& cos, const HeadsIn& sin,
+            const HeadsIn& out, bool adjoint, int threads) {
+  active.rotary({
+      std::get<0>(shape),
+      std::get<1>(shape),
+      std::get<2>(shape),
+      std::get<3>(shape),
+      pointer<const void>(std::get<0>(x)),
+      ElementType(std::get<1>(x)),
+      head_strides(x),
+      pointer<const void>(std::get<0>(cos)),
+      pointer<const void>(std::get<0>(sin)),
+      ElementType(std::get<1>(cos)),
+      head_strides(cos),
+      head_strides(sin),
+      pointer<void>(std::get<0>(out)),
+      head_strides(out),
+      adjoint,
+      threads,
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -357,4 +389,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("swiglu_backward", &swiglu_backward, release_gil());
   module.def("rms_norm_forward", &rms_norm_forward, release_gil());
   module.def("rms_norm_backward", &rms_norm_backward, release_gil());
+  module.def("rotary", &rotary, release_gil());
 }

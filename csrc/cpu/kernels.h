@@ -195,6 +195,24 @@ struct RmsNormBackward {
   int threads;
 };
 
+struct HeadStrides {  // in elements
+  int64_t sequence, head, step;
+};
+
+struct Rotary {
+  int64_t sequences, heads, steps, width;
+  const void* x;
+  ElementType type;
+  HeadStrides x_strides;
+  const void *cos, *sin;
+  ElementType table_type;  // float32, or that of x
+  HeadStrides cos_strides, sin_strides;  // those of the heads are not read
+  void* out;  // the type of x
+  HeadStrides out_strides;
+  bool adjoint;  // as the gradient needs it
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -210,6 +228,7 @@ struct Kernels {
   void (*swiglu_backward)(const SwigluBackward&);
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
+  void (*rotary)(const Rotary&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -227,6 +246,7 @@ struct Kernels {
   void swiglu_backward(const SwigluBackward& args);                \
   void rms_norm_forward(const RmsNormForward& args);               \
   void rms_norm_backward(const RmsNormBackward& args);             \
+  void rotary(const Rotary& args);                                 \
   }
 
 RK_DECLARE_KERNELS(baseline)

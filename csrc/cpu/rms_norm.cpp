@@ -41,16 +41,6 @@ RK_FORMULA void over_row(int64_t n, const Work& work) {
 }
 
 template <class Type>
-RK_FORMULA Floats load_up_to(const typename Type::Element* from, int64_t count) {
-  return count == kLanes ? load<Type>(from) : load_first<Type>(from, count, 0.0f);
-}
-
-template <class Type>
-RK_FORMULA void store_up_to(typename Type::Element* to, int64_t count, Floats x) {
-  count == kLanes ? store<Type>(to, x) : store_first<Type>(to, count, x);
-}
-
-template <class Type>
 const typename Type::Element* row_of(const RowsIn& in, int64_t row) {
   return static_cast<const typename Type::Element*>(in.data) + row * in.row_stride;
 }

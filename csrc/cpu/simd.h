@@ -270,5 +270,16 @@ RK_FORMULA void store_first(typename Type::Element* to, int64_t count, Floats x)
   memcpy(to, &raw, size_t(count) * sizeof(*to));
 }
 
+// The same, quicker where all lanes are asked for; the others hold 0.
+template <class Type>
+RK_FORMULA Floats load_up_to(const typename Type::Element* from, int64_t count) {
+  return count == kLanes ? load<Type>(from) : load_first<Type>(from, count, 0.0f);
+}
+
+template <class Type>
+RK_FORMULA void store_up_to(typename Type::Element* to, int64_t count, Floats x) {
+  count == kLanes ? store<Type>(to, x) : store_first<Type>(to, count, x);
+}
+
 }  // namespace RK_ISA
 }  // namespace rk

@@ -17,8 +17,8 @@ struct Sigmoid {
 
 // By e^{-|x|}, which cannot overflow.
 RK_FORMULA Sigmoid sigmoid(Floats x) {
-  const Floats magnitude = bits_as<Floats>(bits_as<Ints>(x) & 0x7fffffff);
-  const Floats small = vector_exp(-magnitude);
+  const Floats below = bits_as<Floats>(bits_as<UInts>(x) | 0x80000000u);
+  const Floats small = vector_exp_below_one(below);
   const Floats upper = 1.0f / (1.0f + small);
   const Floats lower = small * upper;
   return {x < 0.0f ? lower : upper, x < 0.0f ? upper : lower};

@@ -34,8 +34,8 @@ def unit_columns(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., N], not empty, as a matrix with columns side by side; any row stride."""
-    return unit_columns(x.reshape(-1, x.shape[-1]))
+    """[..., N], not empty, without gaps or as a matrix with columns side by side."""
+    return x if x.is_contiguous() else unit_columns(x.reshape(-1, x.shape[-1]))
 
 
 def series(x: Tensor | None) -> tuple[int, int]:

@@ -38,6 +38,7 @@ PRIMITIVES = frozenset(
         "swiglu_backward",
         "rms_norm_forward",
         "rms_norm_backward",
+        "rotary",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
@@ -411,6 +412,34 @@ def rms_norm_backward(
     return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool, out: Tensor) -> Tensor:
+    """x·cos + rotate_half(x)·sin of x [B, H, T, D] into `out`, or the adjoint: a gradient's."""
+    if x.numel() > 0:
+        x, cos, sin = unit_columns(x), *_rotary_tables(x, cos, sin)
+        _cpu.rotary(
+            tuple(x.shape),
+            *map(_heads, (x, cos, sin, out)),
+            adjoint,
+            torch.get_num_threads(),
+        )
+    return out
+
+
+def _rotary_tables(x: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Both as [B, 1, T, D], of the type of x where they are, else of float32."""
+    same = all(table.dtype == x.dtype for table in tables)
+    dtype = x.dtype if same else torch.float32
+    return [
+        unit_columns(table.to(dtype)).expand(x.shape[0], -1, -1).unsqueeze(1) for table in tables
+    ]
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
+    """What the extension takes for [B, H, T, D] whose last dimension has no gaps."""
+    sequence, head, step, _ = x.stride()
+    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], sequence, head, step
+
+
 def adamw_8bit(
     weights: Tensor,
     remainder: Tensor | None,
@@ -470,8 +499,10 @@ def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
-    """What the extension takes for a matrix whose columns stand side by side."""
-    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], *x.shape, x.stride(0)
+    """What the extension takes for `as_rows`."""
+    columns = x.shape[-1]
+    stride = columns if x.is_contiguous() else x.stride(0)
+    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], x.numel() // columns, columns, stride
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -14,6 +14,7 @@ from rlhf_kernels import checks
 from rlhf_kernels.backends.reference_layers import (  # noqa: F401 (primitives of this backend)
     rms_norm_backward,
     rms_norm_forward,
+    rotary,
     swiglu_backward,
     swiglu_forward,
 )
@@ -37,6 +38,7 @@ PRIMITIVES = frozenset(
         "swiglu_backward",
         "rms_norm_forward",
         "rms_norm_backward",
+        "rotary",
     }
 )
 

@@ -48,6 +48,19 @@ def rms_norm_backward(
     return grad_x, columns.sum(0).to(weight.dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool, out: Tensor) -> Tensor:
+    """x·cos + rotate_half(x)·sin of x [B, H, T, D] into `out`, or the adjoint: a gradient's."""
+    wide = _wide(x)
+    cos, sin = (table.to(wide.dtype).unsqueeze(1) for table in (cos, sin))
+    turned = -_rotate_half(wide * sin) if adjoint else _rotate_half(wide) * sin
+    return out.copy_(wide * cos + turned)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    lower, upper = x.chunk(2, dim=-1)
+    return torch.cat([-upper, lower], dim=-1)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

@@ -12,6 +12,7 @@ from kernel_cases import EPS, backends_for, normal, on_cpu, within
 
 from rlhf_kernels.backends import UnsupportedOperationError
 from rlhf_kernels.ops.rms_norm import rms_norm
+from rlhf_kernels.ops.rotary import rotary
 from rlhf_kernels.ops.swiglu import swiglu, swiglu_backward
 
 pytestmark = pytest.mark.parametrize("backend", backends_for("swiglu_forward"))
@@ -314,5 +315,140 @@ def test_rms_norm_for_any_number_of_threads(backend):
     def compute():
         out = rms_norm(x, weight, backend=backend)
         return [out, *torch.autograd.grad(out.square().sum(), (x, weight))]
+
+    check_threads(backend, compute)
+
+
+def plain_rotary(x, cos, sin):
+    lower, upper = x.chunk(2, dim=-1)
+    turned = torch.cat([-upper, lower], dim=-1)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def check_rotary(x, cos, sin, grad, backend):
+    """Two products and their sum round once each."""
+    leaf = x.detach().requires_grad_()
+    out = rotary(leaf, cos, sin, backend=backend)
+    (grad_x,) = torch.autograd.grad(out, leaf, grad)
+    exact = on_cpu(x).requires_grad_()
+    cos, sin = on_cpu(cos), on_cpu(sin)
+    expected = plain_rotary(exact, cos, sin)
+    (expected_grad,) = torch.autograd.grad(expected, exact, on_cpu(grad))
+    by_steps = x.stride(1) < x.stride(2)
+    for result in (out, grad_x):
+        assert result.dtype == x.dtype
+        assert (result.transpose(1, 2) if by_steps else result).is_contiguous()
+    half = x.shape[-1] // 2
+    wide, wide_grad, cos, sin = (v.abs() for v in (on_cpu(x), on_cpu(grad), cos, sin))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    terms = wide * cos + wide.roll(half, -1) * sin
+    within(out, expected.detach(), 2 * EPS * terms + TINY)
+    terms = wide_grad * cos + (wide_grad * sin).roll(half, -1)
+    within(grad_x, expected_grad, 2 * EPS * terms + TINY)
+
+
+def heads(batch, steps, number, width, seed):
+    """A transposed view, as layers have it."""
+    return normal(batch, steps, number, width, seed=seed).transpose(1, 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "batch, steps, number, width", [(2, 70, 9, 64), (3, 5, 2, 46), (1, 1, 1, 2)]
+)
+def test_rotary_agrees_with_float64(backend, dtype, table, batch, steps, number, width):
+    x, grad = (heads(batch, steps, number, width, s).to(dtype) for s in range(2))
+    for tables in (1, batch):
+        cos, sin = (normal(tables, steps, width, seed=s).to(table) for s in (2, 3))
+        check_rotary(x, cos, sin, grad, backend)
+
+
+@given(shape=st.tuples(*[st.integers(0, 3)] * 3, st.integers(0, 40)), shared=st.booleans())
+def test_rotary_shapes(backend, shape, shared):
+    batch, steps, number, half = shape
+    x, grad = (heads(batch, steps, number, 2 * half, s) for s in range(2))
+    tables = 1 if shared else batch
+    cos, sin = (normal(tables, steps, 2 * half, seed=s) for s in (2, 3))
+    check_rotary(x, cos, sin, grad, backend)
+
+
+def test_rotary_strides(backend):
+    """A part of one product, heads without gaps, gaps everywhere, what is expanded."""
+    cos, sin = (normal(1, 6, 34, seed=s) for s in (2, 3))
+    queries = normal(2, 5, 3, 3 * 34, seed=1)[..., 34:68].transpose(1, 2)[..., :5, :]
+    grad = normal(34, seed=4).expand(2, 3, 5, 34)
+    check_rotary(queries, cos[:, 1:], sin[:, :5], grad, backend)
+    check_rotary(queries.contiguous(), cos[:, 1:], sin[:, 1:], grad, backend)
+    gaps = normal(4, 6, 68, 10, seed=1).transpose(2, 3)[::2, ::2, ::2, ::2]
+    check_rotary(gaps, cos[:, :5], sin[:, :5].expand(1, 5, 34), gaps, backend)
+    check_rotary(gaps, cos[:, :1].expand(2, 5, 34), sin[:, :5].expand(2, 5, 34), gaps, backend)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf])
+def test_rotary_lets_special_values_through(backend, special):
+    x = heads(1, 2, 3, 38, seed=1)
+    x[0, 1, 1, 37] = special
+    x.requires_grad_()
+    cos, sin = (normal(1, 2, 38, seed=s) for s in (2, 3))
+    ours = on_cpu(rotary(x, cos, sin, backend=backend))
+    expected = plain_rotary(*(on_cpu(v) for v in (x, cos, sin)))
+    assert torch.equal(ours.isfinite(), expected.isfinite())
+    assert torch.equal(ours.isnan(), expected.isnan())
+
+
+def test_rotary_in_float64(backend):
+    cos, sin = (normal(1, 3, 6, seed=s).double() for s in (2, 3))
+    x = heads(2, 3, 2, 6, seed=1)
+    check_float64(backend, lambda x: rotary(x, cos, sin, backend=backend), x)
+
+
+def test_rotary_is_checked(backend):
+    x, cos = normal(2, 3, 4, 6, seed=1), normal(1, 4, 6, seed=2)
+    with pytest.raises(ValueError, match="x has shape"):
+        rotary(x[0], cos, cos, backend=backend)
+    with pytest.raises(ValueError, match="expected an even last dimension"):
+        rotary(x[..., :5], cos[..., :5], cos[..., :5], backend=backend)
+    with pytest.raises(ValueError, match="cos has shape"):
+        rotary(x, cos[:, :3], cos, backend=backend)
+    with pytest.raises(ValueError, match="sin has shape"):
+        rotary(x, cos, cos[:, :3], backend=backend)
+    with pytest.raises(TypeError, match="x has dtype"):
+        rotary(x.int(), cos, cos, backend=backend)
+
+
+def test_rotary_is_that_of_transformers(backend):
+    from transformers.models.llama.modeling_llama import (
+        LlamaConfig,
+        LlamaRotaryEmbedding,
+        apply_rotary_pos_emb,
+    )
+
+    embedding = LlamaRotaryEmbedding(LlamaConfig(hidden_size=96, num_attention_heads=4))
+    queries, keys = (heads(2, 7, number, 24, seed=1).cpu() for number in (4, 2))
+    cos, sin = embedding(queries, torch.arange(7)[None])
+    ours = [rotary(x, cos, sin, backend=backend) for x in (queries, keys)]
+    for one, other in zip(ours, apply_rotary_pos_emb(queries, keys, cos, sin)):
+        torch.testing.assert_close(one, other)
+
+
+def test_rotary_operators(backend):
+    x = heads(2, 3, 4, 6, seed=1)
+    cos, sin = (normal(1, 3, 6, seed=s) for s in (2, 3))
+    operator = torch.ops.rlhf_kernels.rotary.default
+    for adjoint in (False, True):
+        for by_steps in (False, True):
+            leaf = x.clone().requires_grad_()
+            torch.library.opcheck(operator, (leaf, cos, sin, adjoint, by_steps, backend))
+    check_compiled(lambda x: rotary(x, cos, sin, backend=backend), x)
+
+
+def test_rotary_for_any_number_of_threads(backend):
+    x = heads(4, 50, 9, 64, seed=1).requires_grad_()
+    cos, sin = (normal(1, 50, 64, seed=s) for s in (2, 3))
+
+    def compute():
+        out = rotary(x, cos, sin, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), x)]
 
     check_threads(backend, compute)
