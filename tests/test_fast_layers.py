@@ -11,12 +11,15 @@ from tiny_models import tiny_llama
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP, GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP, Qwen3RMSNorm
 
 from rlhf_kernels import backends, fast_layers
 from rlhf_kernels.fast_layers import use_fast_layers
+from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.ops.gated_mlp import gated_mlp
+from rlhf_kernels.ops.rotary import rotary
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable_reason("cpu") is not None, reason="the C++ kernels are not built"
@@ -143,6 +146,49 @@ def test_a_model_has_the_same_logits_and_gradients_inside_and_is_as_before_after
     largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], rtol=0, atol=64 * EPS * largest), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embeddings_are_the_kernel_s_inside(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().to(dtype)
+    theirs = modeling_llama.apply_rotary_pos_emb
+    exact = copy.deepcopy(model).double()(IDS).logits
+    plain = model(IDS).logits
+    calls = []
+    monkeypatch.setattr(
+        "rlhf_kernels.fast_rotary.rotary", lambda *args: calls.append(0) or rotary(*args)
+    )
+    with fast_rotary(model):
+        assert modeling_llama.apply_rotary_pos_emb is not theirs
+        found = model(IDS).logits
+    assert len(calls) >= 2 * model.config.num_hidden_layers
+    assert modeling_llama.apply_rotary_pos_emb is theirs
+    allowed = float((plain.double() - exact).abs().max())
+    allowed += 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert float((found.double() - exact).abs().max()) <= allowed
+
+
+def test_rotary_embeddings_of_another_kind_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        return q * cos.unsqueeze(unsqueeze_dim), k * cos.unsqueeze(unsqueeze_dim)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    with fast_rotary(tiny_llama()):
+        assert modeling_llama.apply_rotary_pos_emb is apply_rotary_pos_emb
+    monkeypatch.delattr(modeling_llama, "apply_rotary_pos_emb")
+    with fast_rotary(tiny_llama()), fast_rotary(nn.Linear(1, 1)):
+        assert not hasattr(modeling_llama, "apply_rotary_pos_emb")
+
+
+def test_rotary_embeddings_are_put_back_after_an_error() -> None:
+    theirs = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(RuntimeError), fast_rotary(tiny_llama()):
+        raise RuntimeError
+    assert modeling_llama.apply_rotary_pos_emb is theirs
 
 
 def test_the_layer_can_be_compiled_and_checked() -> None:
