@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -21,7 +23,8 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit                            \
+        isa::moments, isa::whiten, isa::ppo_loss, isa::adamw_8bit,                           \
+        isa::row_attention_forward, isa::row_attention_backward                              \
   }
 
 // From the most capable on; what this machine cannot run is left out.
@@ -270,6 +273,116 @@ void adamw_8bit(int64_t size, uintptr_t weights, uintptr_t remainder, uintptr_t 
   });
 }
 
+// Address, strides of the tokens and of the heads.
+typedef std::tuple<uintptr_t, int64_t, int64_t> HeadsOfTokens;
+
+HeadsIn heads_in(const HeadsOfTokens& in) {
+  return {pointer<const void>(std::get<0>(in)), std::get<1>(in), std::get<2>(in)};
+}
+
+// Query, key, value.
+typedef std::tuple<HeadsOfTokens, HeadsOfTokens, HeadsOfTokens> AttentionInputs;
+
+// (query heads, heads of keys and values, size of a head, type, scale)
+typedef std::tuple<int64_t, int64_t, int64_t, int, float> AttentionSettings;
+
+// (number of rows, address of where they begin and the end)
+typedef std::pair<int64_t, uintptr_t> RowsOfTokens;
+
+// Rows by heads of keys and values, and by tiles of queries if they are to be `tiled`; those with
+// the most keys first, so that threads finish together.
+std::vector<RowAttentionTask> attention_tasks(const RowsOfTokens& rows, int64_t kv_heads,
+                                              bool tiled) {
+  const int64_t* starts = pointer<const int64_t>(rows.second);
+  std::vector<RowAttentionTask> tasks;
+  for (int64_t row = 0; row < rows.first; ++row) {
+    const int64_t tokens = starts[row + 1] - starts[row];
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      for (int64_t query = 0; query < tokens; query += tiled ? kAttentionTile : tokens) {
+        tasks.push_back({starts[row], tokens, query, head});
+      }
+    }
+  }
+  const auto keys = [&](const RowAttentionTask& task) {
+    return tiled ? std::min(task.tokens, task.first_query + kAttentionTile) : task.tokens;
+  };
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) {
+    return keys(a) > keys(b);
+  });
+  return tasks;
+}
+
+// Threads are worth their start only from some number of multiplications on.
+int attention_threads(const std::vector<RowAttentionTask>& tasks, int64_t group, int64_t size,
+                      int threads) {
+  double products = 0;
+  for (const RowAttentionTask& task : tasks) {
+    const int64_t queries = std::min(task.tokens, kAttentionTile);
+    products += double(queries) * double(task.tokens) * double(group * size);
+  }
+  const double useful = std::min(1 + products / 2e5, double(tasks.size()));
+  return std::max(1, int(std::min(useful, double(threads))));
+}
+
+// What both directions need, with the memory behind it.
+struct Attention {
+  std::vector<RowAttentionTask> tasks;
+  std::unique_ptr<float[]> memory;
+  RowAttentionShared shared;
+};
+
+Attention attention(const AttentionInputs& in, const AttentionSettings& settings,
+                    const RowsOfTokens& rows, bool backward, int threads) {
+  const auto& [heads, kv_heads, size, type, scale] = settings;
+  const int64_t group = heads / kv_heads;
+  constexpr int64_t kVector = 16;  // floats, of the widest vectors
+  const int64_t padded = std::max(kAttentionTile, (size + kVector - 1) / kVector * kVector);
+  Attention all = {attention_tasks(rows, kv_heads, !backward), nullptr, {}};
+  threads = attention_threads(all.tasks, group, size, threads);
+  int64_t tiles = kForwardTiles + kForwardTilesOfHead * group, longest = 0;
+  if (backward) {
+    tiles = kBackwardTiles + kBackwardTilesOfHead * group;
+    for (const RowAttentionTask& task : all.tasks) longest = std::max(longest, task.tokens);
+  }
+  const int64_t of_thread = (tiles * kAttentionTile + 2 * longest) * padded;
+  all.memory.reset(new float[size_t(threads * of_thread + kVector)]);  // not initialised
+  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(all.memory.get());
+  float* scratch = pointer<float>((unaligned + 63) / 64 * 64);
+  all.shared = {heads_in(std::get<0>(in)),
+                heads_in(std::get<1>(in)),
+                heads_in(std::get<2>(in)),
+                ElementType(type),
+                heads,
+                group,
+                size,
+                scale,
+                all.tasks.data(),
+                int64_t(all.tasks.size()),
+                scratch,
+                padded,
+                of_thread,
+                threads};
+  return all;
+}
+
+void row_attention_forward(const AttentionInputs& in, const AttentionSettings& settings,
+                           const RowsOfTokens& rows, uintptr_t out, uintptr_t exact,
+                           uintptr_t log_sums, int threads) {
+  const Attention all = attention(in, settings, rows, false, threads);
+  active.row_attention_forward(
+      {all.shared, pointer<void>(out), pointer<float>(exact), pointer<float>(log_sums)});
+}
+
+void row_attention_backward(const AttentionInputs& in, const AttentionSettings& settings,
+                            const RowsOfTokens& rows, const HeadsOfTokens& grad_out,
+                            uintptr_t exact, uintptr_t log_sums, uintptr_t grad_query,
+                            uintptr_t grad_key, uintptr_t grad_value, int threads) {
+  const Attention all = attention(in, settings, rows, true, threads);
+  active.row_attention_backward({all.shared, heads_in(grad_out), pointer<const float>(exact),
+                                 pointer<const float>(log_sums), pointer<void>(grad_query),
+                                 pointer<void>(grad_key), pointer<void>(grad_value)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -293,4 +406,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
   module.def("adamw_8bit", &adamw_8bit, release_gil());
+  module.def("row_attention_forward", &row_attention_forward, release_gil());
+  module.def("row_attention_backward", &row_attention_backward, release_gil());
 }
