@@ -36,26 +36,34 @@ struct Product {
 // Unlike 0 + x, x - 0 is x for every x: no instruction.
 RK_FORMULA Floats broadcast(float x) { return x - Floats{}; }
 
+// All loops over constants are unrolled early, else the sums would go through memory.
 template <int kRows, int kVectors>
 inline void multiply_block(int64_t inner, Left a, Right b, Product c) {
   Floats sums[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const float* place = c.data + r * c.row_stride + v * kLanes;
-      sums[r][v] = c.add ? load_as<Floats>(place) : Floats{};
+      sums[r][v] = Floats{};
+      if (c.add) sums[r][v] = load_as<Floats>(c.data + r * c.row_stride + v * kLanes);
     }
   }
   for (int64_t k = 0; k < inner; ++k) {
     Floats right[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) right[v] = load_as<Floats>(b.data + v * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Floats left = broadcast(a.data[r * a.row_stride]);
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
     }
     a.data += a.inner_stride;
     b.data += b.row_stride;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       store<Float32>(c.data + r * c.row_stride + v * kLanes, sums[r][v]);
     }
