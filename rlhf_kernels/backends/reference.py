@@ -7,6 +7,8 @@ ties fall where `docs/kernels.md` says.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -295,7 +297,7 @@ def row_attention_backward(
 
 def _rows(row_starts: Tensor) -> list[slice]:
     starts = row_starts.tolist()
-    return [slice(begin, end) for begin, end in zip(starts, starts[1:]) if begin < end]
+    return [slice(begin, end) for begin, end in itertools.pairwise(starts) if begin < end]
 
 
 def _for_heads(row: Tensor, heads: int) -> Tensor:
