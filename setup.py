@@ -32,6 +32,7 @@ CPU_KERNELS = [
     "swiglu",
     "rms_norm",
     "rotary",
+    "row_attention",
 ]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.

@@ -213,6 +213,61 @@ struct Rotary {
   int threads;
 };
 
+constexpr int64_t kAttentionTile = 64;  // queries and keys that are taken together
+
+// [tokens, heads, size], the numbers of a head contiguous; strides in elements.
+struct HeadsIn {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+// The query heads that share a head of keys and values, in a row of tokens: all of its queries, or
+// those of a tile.
+struct RowAttentionTask {
+  int64_t first_token, tokens;  // of the row
+  int64_t first_query;          // of the tile, within the row; forward only
+  int64_t kv_head;
+};
+
+// A tile of scratch is kAttentionTile rows of `padded` floats: whole vectors for every instruction
+// set, and no fewer than kAttentionTile.
+struct RowAttentionShared {
+  HeadsIn query, key, value;
+  ElementType type;  // of all inputs and outputs
+  int64_t heads;     // of the queries
+  int64_t group;     // query heads with the same keys and values
+  int64_t size;      // of a head
+  float scale;
+  const RowAttentionTask* tasks;
+  int64_t count;
+  float* scratch;
+  int64_t padded;
+  int64_t scratch_stride;  // floats of a thread
+  int threads;
+};
+
+constexpr int64_t kForwardTiles = 3;        // of scratch,
+constexpr int64_t kForwardTilesOfHead = 3;  // and for each head of a group
+
+struct RowAttentionForward {
+  RowAttentionShared shared;
+  void* out;        // [tokens, heads, size], contiguous, as the next two
+  float* exact;     // out before it is rounded to 16 bits, or null
+  float* log_sums;  // [tokens, heads]: of the exponentials of the scores
+};
+
+// Besides the tiles, two of `padded` floats for every token of the longest row.
+constexpr int64_t kBackwardTiles = 5;
+constexpr int64_t kBackwardTilesOfHead = 4;
+
+struct RowAttentionBackward {
+  RowAttentionShared shared;
+  HeadsIn grad_out;
+  const float* exact;  // float32 out, contiguous
+  const float* log_sums;
+  void *grad_query, *grad_key, *grad_value;  // contiguous
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -229,6 +284,8 @@ struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
   void (*rotary)(const Rotary&);
+  void (*row_attention_forward)(const RowAttentionForward&);
+  void (*row_attention_backward)(const RowAttentionBackward&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -247,6 +304,8 @@ struct Kernels {
   void rms_norm_forward(const RmsNormForward& args);               \
   void rms_norm_backward(const RmsNormBackward& args);             \
   void rotary(const Rotary& args);                                 \
+  void row_attention_forward(const RowAttentionForward& args);     \
+  void row_attention_backward(const RowAttentionBackward& args);   \
   }
 
 RK_DECLARE_KERNELS(baseline)

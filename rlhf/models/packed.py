@@ -1,13 +1,14 @@
 """The trunk on real tokens alone: rows of a batch one behind the other, without padding.
 
-With flash attention transformers finds the rows by their positions. On a CPU an attention of our
-own goes from row to row; all other layers see one long row either way. It is PyTorch's, in float32:
-in bfloat16 its backward takes three times as long (8 rows, 9 heads, 63 tokens of 64: 12.7 ms and
-4.0 ms on two cores of Zen 4), and rounds more.
+With flash attention transformers finds the rows by their positions. On a CPU a kernel of our own
+attends from row to row; all other layers see one long row either way. It computes in float32
+whatever the model's type, and is faster than PyTorch's attention for batches without padding too:
+`python -m benchmarks.row_attention`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from rlhf_kernels import backends
+from rlhf_kernels.ops.row_attention import LARGEST_SIZE, row_attention
 
 BY_ROWS = "rlhf_by_rows"
 HALVES = (torch.bfloat16, torch.float16)
@@ -27,7 +31,17 @@ def packs(model: Any, attention_mask: Tensor) -> bool:
     if attention_mask.device.type != "cpu" or not can_attend_by_rows(model):
         return False
     in_16_bits = torch.is_autocast_enabled("cpu") or model.dtype in HALVES
-    return in_16_bits or not bool(attention_mask.all())
+    if in_16_bits or attends_by_kernel(torch.empty(0, dtype=model.dtype)):
+        return True
+    return not bool(attention_mask.all())
+
+
+def attends_by_kernel(like: Tensor) -> bool:
+    """Whether the C++ kernel is there for such tensors, and no other backend is asked for."""
+    try:
+        return backends.choose("row_attention_forward", like, None).NAME == "cpu"
+    except (backends.BackendUnavailableError, backends.UnsupportedOperationError):
+        return False
 
 
 def attends_packed(model: Any) -> bool:
@@ -112,6 +126,27 @@ def attend_by_rows(
     Returns:
         [1, tokens, heads, size], and no attention weights.
     """
+    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] <= LARGEST_SIZE
+    if dropout == 0.0 and alike and attends_by_kernel(query):
+        starts = torch.tensor([0, *itertools.accumulate(row_lengths)])
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return row_attention(q, k, v, starts, scaling)[None], None
+    return by_pytorch(query, key, value, row_lengths, dropout, scaling), None
+
+
+def by_pytorch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_lengths: Sequence[int],
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """The same where there is no kernel for it: with dropout, in float64, without a compiler.
+
+    In float32 where it is in 16 bits: PyTorch's backward of bfloat16 takes three times as long, and
+    rounds more.
+    """
     all_rows = [x.float() if x.dtype in HALVES else x for x in (query, key, value)]
     if len(set(row_lengths)) == 1:  # a batch
         parts = [tuple(x.unflatten(2, (len(row_lengths), -1))[0].transpose(0, 1) for x in all_rows)]
@@ -126,7 +161,7 @@ def attend_by_rows(
         ]
     # From [rows, heads, tokens, size], one part or one for each row.
     tokens = [part.transpose(1, 2).flatten(0, 1) for part in rows]
-    return torch.cat(tokens)[None].to(query.dtype), None
+    return torch.cat(tokens)[None].to(query.dtype)
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

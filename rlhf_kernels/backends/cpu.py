@@ -39,6 +39,8 @@ PRIMITIVES = frozenset(
         "rms_norm_forward",
         "rms_norm_backward",
         "rotary",
+        "row_attention_forward",
+        "row_attention_backward",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
@@ -438,6 +440,73 @@ def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
     """What the extension takes for [B, H, T, D] whose last dimension has no gaps."""
     sequence, head, step, _ = x.stride()
     return x.data_ptr(), _ELEMENT_TYPES[x.dtype], sequence, head, step
+
+
+def row_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_starts: Tensor,
+    scale: float,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output [tokens, heads, size], log-sum-exps [tokens, heads], and in 16 bits, for the backward,
+    the output in float32."""
+    all_inputs = query, key, value = [unit_columns(x) for x in (query, key, value)]
+    row_starts = row_starts.contiguous()
+    out = empty(query.shape, query.dtype)
+    rounded = for_backward and out.dtype != torch.float32
+    exact = empty(query.shape, torch.float32) if rounded else None
+    log_sums = empty(query.shape[:2], torch.float32)
+    _cpu.row_attention_forward(
+        tuple(map(_heads_of_tokens, all_inputs)),
+        _attention_settings(query, key, scale),
+        (row_starts.numel() - 1, row_starts.data_ptr()),
+        out.data_ptr(),
+        address(exact),
+        log_sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, log_sums, exact
+
+
+def row_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_starts: Tensor,
+    scale: float,
+    exact: Tensor,
+    log_sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, contiguous. exact: the output in float32."""
+    all_inputs = query, key, value = [unit_columns(x) for x in (query, key, value)]
+    row_starts = row_starts.contiguous()
+    grad_out = unit_columns(grad_out.to(query.dtype))
+    exact, log_sums = vector(exact), vector(log_sums)
+    grads = [empty(x.shape, x.dtype) for x in all_inputs]
+    _cpu.row_attention_backward(
+        tuple(map(_heads_of_tokens, all_inputs)),
+        _attention_settings(query, key, scale),
+        (row_starts.numel() - 1, row_starts.data_ptr()),
+        _heads_of_tokens(grad_out),
+        exact.data_ptr(),
+        log_sums.data_ptr(),
+        *(grad.data_ptr() for grad in grads),
+        torch.get_num_threads(),
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def _heads_of_tokens(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _attention_settings(
+    query: Tensor, key: Tensor, scale: float
+) -> tuple[int, int, int, int, float]:
+    return query.shape[1], key.shape[1], query.shape[2], _ELEMENT_TYPES[query.dtype], scale
 
 
 def adamw_8bit(

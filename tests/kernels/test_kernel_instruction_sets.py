@@ -28,6 +28,11 @@ from test_kernel_ppo_loss import test_agrees_with_float64 as test_ppo_loss
 from test_kernel_ppo_loss import test_any_mask as test_ppo_loss_masks
 from test_kernel_ppo_loss import test_masked_content_does_not_matter as test_ppo_loss_masked
 from test_kernel_ppo_loss import test_ties_follow_the_unclipped_branch as test_ppo_loss_ties
+from test_kernel_row_attention import test_a_nan_stays_in_its_row as test_row_attention_nan
+from test_kernel_row_attention import test_agrees_with_float64 as test_row_attention
+from test_kernel_row_attention import (
+    test_large_scores_and_infinite_ones as test_row_attention_scores,
+)
 from test_kernel_token_logprobs import (
     test_a_row_of_minus_infinity_is_nan_alone,
     test_agrees_with_float64,
@@ -63,6 +68,9 @@ __all__ = [
     "test_rotary_agrees_with_float64",
     "test_rotary_lets_special_values_through",
     "test_rotary_strides",
+    "test_row_attention",
+    "test_row_attention_nan",
+    "test_row_attention_scores",
     "test_swiglu_agrees_with_float64",
     "test_swiglu_lets_special_values_through",
     "test_swiglu_over_the_whole_range",
