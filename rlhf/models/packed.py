@@ -50,11 +50,7 @@ def attends_packed(model: Any) -> bool:
 
 
 def can_attend_by_rows(model: Any) -> bool:
-    """Whether the attention is PyTorch's, over all earlier tokens in every layer.
-
-    Compiled layers would be compiled anew for every batch, and checkpointed ones run again when
-    the batch is forgotten.
-    """
+    """Whether the attention is PyTorch's, over all earlier tokens in every layer."""
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     return (
@@ -62,10 +58,19 @@ def can_attend_by_rows(model: Any) -> bool:
         and getattr(model, "_supports_attention_backend", False)
         and getattr(config, "sliding_window", None) is None
         and set(layers) == {"full_attention"}
-        and not any(
-            module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
-            for module in model.modules()
-        )
+        and runs_once_as_written(model)
+    )
+
+
+def runs_once_as_written(model: Any) -> bool:
+    """Whether what holds during a forward can be told to its layers.
+
+    Compiled ones would be compiled anew for every batch, and checkpointed ones run again when the
+    batch is forgotten.
+    """
+    return not any(
+        module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
     )
 
 

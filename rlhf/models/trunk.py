@@ -7,13 +7,15 @@ where they need it.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.models.loading import ModelError, model_name
-from rlhf.models.packed import packed_hidden_states, packs
+from rlhf.models.packed import packed_hidden_states, packs, runs_once_as_written
+from rlhf_kernels.fast_rotary import fast_rotary
 
 # What transformers calls a head that does more than hidden @ weight.T + bias. A small or untrained
 # model's logits would not show it, so the config is asked as well.
@@ -45,14 +47,15 @@ def hidden_states(
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
     if position_ids is None:
         position_ids = position_ids_from_mask(attention_mask)
-    if takes_positions and packs(model, attention_mask):
-        return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
-    # Models without the parameter (ALiBi) read positions off the attention mask.
-    positions = {"position_ids": position_ids} if takes_positions else {}
-    output = trunk(
-        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **positions
-    )
-    return output.last_hidden_state
+    with fast_rotary(trunk) if runs_once_as_written(trunk) else nullcontext():
+        if takes_positions and packs(model, attention_mask):
+            return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
+        # Models without the parameter (ALiBi) read positions off the attention mask.
+        positions = {"position_ids": position_ids} if takes_positions else {}
+        output = trunk(
+            input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **positions
+        )
+        return output.last_hidden_state
 
 
 def lm_head(model: Any) -> tuple[Tensor, Tensor | None]:
