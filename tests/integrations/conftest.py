@@ -10,7 +10,7 @@ from hypothesis import settings
 from openrlhf_definitions import DEFINITIONS
 
 # So that a failed comparison shows its values, as an assertion in a test file does.
-pytest.register_assert_rewrite("comparisons", "held_names", "openrlhf_check")
+pytest.register_assert_rewrite("comparisons", "held_names", "openrlhf_check", "verl_check")
 
 settings.register_profile("integrations", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("integrations")
