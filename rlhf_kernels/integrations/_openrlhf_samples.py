@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.integrations._samples import SHAPE, VOCABULARY, mask, normal, with_gradients
+
 Function = Callable[..., Any]
 
-_ROWS, _LENGTH, _VOCABULARY = 4, 6, 11
 _FLASH_ATTENTION = "flash_attn.ops.triton.cross_entropy"
 _POLICY_LOSSES: tuple[dict[str, Any], ...] = (
     {},
@@ -42,47 +43,47 @@ _ESTIMATORS = ("k1", "k2", "k3")
 
 
 def logprobs(function: Function) -> Sequence[Tensor]:
-    labels = torch.arange(_ROWS * _LENGTH, device="cpu").view(_ROWS, _LENGTH) % _VOCABULARY
-    leaf = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    labels = torch.arange(24, device="cpu").view(SHAPE) % VOCABULARY
+    leaf = normal(*SHAPE, VOCABULARY).requires_grad_()
     with _without_flash_attention():
         return [
             each
             for temperature in (1.0, 0.7)
             # A copy, which OpenRLHF's divides by the temperature in place.
-            for each in _with_gradients(function(leaf.clone(), labels, temperature), leaf)
+            for each in with_gradients(function(leaf.clone(), labels, temperature), leaf)
         ]
 
 
 def entropy(function: Function) -> Sequence[Tensor]:
-    leaf = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
+    leaf = normal(*SHAPE, VOCABULARY).requires_grad_()
     # OpenRLHF's is compiled, which takes seconds: what it was compiled from says the same.
-    return _with_gradients(getattr(function, "__wrapped__", function)(leaf), leaf)
+    return with_gradients(getattr(function, "__wrapped__", function)(leaf), leaf)
 
 
 def kl(function: Function) -> Sequence[Tensor]:
-    new = (4 * _normal(_ROWS, _LENGTH)).requires_grad_()
-    base = _normal(_ROWS, _LENGTH, seed=1).requires_grad_()
-    old = _normal(_ROWS, _LENGTH, seed=2)
+    new = (4 * normal(*SHAPE)).requires_grad_()
+    base = normal(*SHAPE, seed=1).requires_grad_()
+    old = normal(*SHAPE, seed=2)
     calls: list[dict[str, Any]] = [{"kl_estimator": name} for name in _ESTIMATORS]
     calls += [{**call, "unbiased_gradient": True} for call in calls]
     calls.append({"log_probs_old": old, "unbiased_gradient": True})
     return [
-        each for call in calls for each in _with_gradients(function(new, base, **call), new, base)
+        each for call in calls for each in with_gradients(function(new, base, **call), new, base)
     ]
 
 
 def policy_loss(function: Function) -> Sequence[Tensor]:
     """`function` is a forward of OpenRLHF's own PolicyLoss, which has its settings."""
     owner = sys.modules["openrlhf.models.loss"].PolicyLoss
-    old, advantages = -2 * _normal(_ROWS, _LENGTH).abs(), _normal(_ROWS, _LENGTH, seed=1)
-    new = (old + _normal(_ROWS, _LENGTH, seed=2)).requires_grad_()
-    rollout = old + 0.7 * _normal(_ROWS, _LENGTH, seed=3)
+    old, advantages = -2 * normal(*SHAPE).abs(), normal(*SHAPE, seed=1)
+    new = (old + normal(*SHAPE, seed=2)).requires_grad_()
+    rollout = old + 0.7 * normal(*SHAPE, seed=3)
     outputs: list[Tensor] = []
     for settings in _POLICY_LOSSES:
         for of_the_batch in _batches():
-            series = (new, old, advantages, _mask(), rollout)
+            series = (new, old, advantages, mask(), rollout)
             loss, *metrics = function(owner(**settings), *series, **of_the_batch)
-            outputs += _with_gradients(loss, new)
+            outputs += with_gradients(loss, new)
             outputs += [metric for metric in metrics if metric is not None]
     return outputs
 
@@ -90,25 +91,25 @@ def policy_loss(function: Function) -> Sequence[Tensor]:
 def value_loss(function: Function) -> Sequence[Tensor]:
     """`function` is a forward of OpenRLHF's own ValueLoss, which has its settings."""
     owner = sys.modules["openrlhf.models.loss"].ValueLoss
-    new = _normal(_ROWS, _LENGTH).requires_grad_()
-    old, returns = _normal(_ROWS, _LENGTH, seed=1), _normal(_ROWS, _LENGTH, seed=2)
+    new = normal(*SHAPE).requires_grad_()
+    old, returns = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
     return [
         each
         for clip_eps in (None, 0.5)
         for token_level in (True, False)
         for of_the_batch in _batches()
-        for each in _with_gradients(
-            function(owner(clip_eps, token_level), new, old, returns, _mask(), **of_the_batch), new
+        for each in with_gradients(
+            function(owner(clip_eps, token_level), new, old, returns, mask(), **of_the_batch), new
         )
     ]
 
 
 def advantages(function: Function) -> Sequence[Tensor]:
-    rewards, values = _normal(_ROWS, _LENGTH), _normal(_ROWS, _LENGTH, seed=1)
+    rewards, values = normal(*SHAPE), normal(*SHAPE, seed=1)
     return [
         each
-        for mask in (_mask(), _mask().long(), None)
-        for each in function(None, values, rewards, mask, 0.9, 0.8)
+        for kept in (mask(), mask().long(), None)
+        for each in function(None, values, rewards, kept, 0.9, 0.8)
     ]
 
 
@@ -133,19 +134,3 @@ def _without_flash_attention() -> Iterator[None]:
         del sys.modules[_FLASH_ATTENTION]
         if found is not None:
             sys.modules[_FLASH_ATTENTION] = found
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _mask() -> Tensor:
-    rows = [[1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1], [0] * _LENGTH, [1] * _LENGTH]
-    return torch.tensor(rows, dtype=torch.bool, device="cpu")
-
-
-def _with_gradients(output: Tensor, *leaves: Tensor) -> list[Tensor]:
-    """Under an upstream gradient that differs from place to place."""
-    upstream = torch.linspace(0.5, 1.5, output.numel(), device="cpu").view(output.shape)
-    return [output, *torch.autograd.grad(output, leaves, upstream, allow_unused=False)]

@@ -12,85 +12,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.integrations._samples import SHAPE, VOCABULARY, normal, with_gradients
 from rlhf_kernels.integrations._trl_functions import selective_log_softmax
 
 Function = Callable[..., Any]
 
-_ROWS, _LENGTH, _VOCABULARY, _PAD = 4, 6, 11, 0
+_PAD = 0
 _TEMPERATURE = 0.7
 
 
 def logprobs(function: Function) -> Sequence[Tensor]:
-    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
-    index = _tokens(_ROWS, _LENGTH)
-    several = torch.stack([index, (index + 1) % _VOCABULARY], dim=-1)
+    logits = normal(*SHAPE, VOCABULARY).requires_grad_()
+    index = _tokens(*SHAPE)
+    several = torch.stack([index, (index + 1) % VOCABULARY], dim=-1)
     return [
-        *_with_gradients(function(logits, index), logits),
-        *_with_gradients(function(logits, several), logits),
+        *with_gradients(function(logits, index), logits),
+        *with_gradients(function(logits, several), logits),
     ]
 
 
 def entropy(function: Function) -> Sequence[Tensor]:
-    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
-    return _with_gradients(function(logits, chunk_size=5), logits)
+    logits = normal(*SHAPE, VOCABULARY).requires_grad_()
+    return with_gradients(function(logits, chunk_size=5), logits)
 
 
 def scaled_logprobs(function: Function) -> Sequence[Tensor]:
     """With a temperature and a mask as well, which TRL 1.12 does not have."""
-    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
-    index = _tokens(_ROWS, _LENGTH)
+    logits = normal(*SHAPE, VOCABULARY).requires_grad_()
+    index = _tokens(*SHAPE)
     found = function(logits, index, temperature=_TEMPERATURE, row_mask=_mask())
-    return [*logprobs(function), *_with_gradients(found, logits)]
+    return [*logprobs(function), *with_gradients(found, logits)]
 
 
 def logprobs_and_entropy(function: Function) -> Sequence[Tensor]:
-    logits = _normal(_ROWS, _LENGTH, _VOCABULARY).requires_grad_()
-    series = logits, _tokens(_ROWS, _LENGTH)
+    logits = normal(*SHAPE, VOCABULARY).requires_grad_()
+    series = logits, _tokens(*SHAPE)
     both = function(*series, temperature=_TEMPERATURE, row_mask=_mask())
     found, constant = function(*series, False)
     return [
-        *_with_gradients(torch.stack(both), logits),
-        *_with_gradients(found, logits),
+        *with_gradients(torch.stack(both), logits),
+        *with_gradients(found, logits),
         constant,
         torch.tensor(constant.requires_grad),
     ]
 
 
 def fused_head(function: Function) -> Sequence[Tensor]:
-    leaves = [_normal(_ROWS, 8), _normal(_VOCABULARY, 8), _normal(_VOCABULARY)]
+    leaves = [normal(4, 8), normal(VOCABULARY, 8), normal(VOCABULARY)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    targets, scale = _tokens(1, _ROWS)[0], 0.9
+    targets, scale = _tokens(1, 4)[0], 0.9
     outputs = []
     for names in ((), ("entropy",)):
         found = function.apply(*leaves, targets, _TEMPERATURE, 5, None, scale, names)  # type: ignore[attr-defined]
         present = torch.stack([each for each in found if each is not None])
-        for leaf in leaves:
-            outputs += _with_gradients(present, leaf)
+        outputs += with_gradients(present, *leaves)
     return outputs
 
 
 def mean(function: Function) -> Sequence[Tensor]:
-    x = _normal(_ROWS, _LENGTH).requires_grad_()
+    x = normal(*SHAPE).requires_grad_()
     return [
-        *_with_gradients(function(x, _mask()), x),
-        *_with_gradients(function(x, _mask(), axis=1), x),
+        *with_gradients(function(x, _mask()), x),
+        *with_gradients(function(x, _mask(), axis=1), x),
     ]
 
 
 def variance(function: Function) -> Sequence[Tensor]:
-    x = _normal(_ROWS, _LENGTH).requires_grad_()
-    return [*_with_gradients(function(x, _mask()), x), function(x, _mask(), unbiased=False)]
+    x = normal(*SHAPE).requires_grad_()
+    return [*with_gradients(function(x, _mask()), x), function(x, _mask(), unbiased=False)]
 
 
 def whitening(function: Function) -> Sequence[Tensor]:
-    x = _normal(_ROWS, _LENGTH)
+    x = normal(*SHAPE)
     return [function(x, _mask()), function(x, _mask(), shift_mean=False)]
 
 
 def forward(function: Function) -> Sequence[Tensor]:
     """Log-probabilities and entropies, as PPOTrainer reads them, and the head's gradient."""
     model = _tiny_model()
-    sequences = _tokens(_ROWS, _LENGTH)
+    sequences = _tokens(*SHAPE)
     sequences[0, :2] = _PAD
     logits = function(model, sequences, _PAD).logits[:, 1:-1]
     logits = logits / _TEMPERATURE
@@ -111,7 +111,7 @@ def reward(function: Function) -> Sequence[Tensor]:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(1)
         model = LlamaForSequenceClassification(config).float().eval()
-    sequences = _tokens(_ROWS, _LENGTH)
+    sequences = _tokens(*SHAPE)
     sequences[0, 0] = sequences[1, 3:] = sequences[2, 4] = _PAD
     return function(model, sequences, _PAD, 2)
 
@@ -120,7 +120,7 @@ def generation(function: Function) -> Sequence[Tensor]:
     """Tokens and log-probabilities of two parts of a batch, under the same random numbers."""
     from transformers import GenerationConfig
 
-    queries = _tokens(_ROWS, 3)
+    queries = _tokens(4, 3)
     queries[0, 0] = _PAD
     options = GenerationConfig(
         max_new_tokens=4, do_sample=True, temperature=_TEMPERATURE, top_k=0, top_p=1.0
@@ -135,7 +135,7 @@ def _tiny_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=_VOCABULARY,
+        vocab_size=VOCABULARY,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -153,20 +153,9 @@ def _tiny_model() -> Any:
 def _tokens(rows: int, length: int) -> Tensor:
     """Without padding."""
     generator = torch.Generator("cpu").manual_seed(1)
-    return torch.randint(1, _VOCABULARY, (rows, length), generator=generator, device="cpu")
-
-
-def _normal(*shape: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randint(1, VOCABULARY, (rows, length), generator=generator, device="cpu")
 
 
 def _mask() -> Tensor:
-    rows = [[1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1] * _LENGTH]
+    rows = [[1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1] * 6]
     return torch.tensor(rows, dtype=torch.bool, device="cpu")
-
-
-def _with_gradients(output: Tensor, leaf: Tensor) -> list[Tensor]:
-    """Under an upstream gradient that differs from place to place."""
-    upstream = torch.linspace(0.5, 1.5, output.numel(), device="cpu").view(output.shape)
-    return [output, *torch.autograd.grad(output, leaf, upstream, retain_graph=True)]
