@@ -23,7 +23,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-CPU_KERNELS = ["token_logprobs", "advantages", "ppo_loss", "adamw_8bit", "row_attention"]
+CPU_KERNELS = [
+    "token_logprobs",
+    "advantages",
+    "ppo_loss",
+    "adamw_8bit",
+    "row_attention_forward",
+    "row_attention_backward",
+]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.
 COMMON_FLAGS = shlex.split(
