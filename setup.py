@@ -32,7 +32,8 @@ CPU_KERNELS = [
     "swiglu",
     "rms_norm",
     "rotary",
-    "row_attention",
+    "row_attention_forward",
+    "row_attention_backward",
 ]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.

@@ -31,6 +31,7 @@ void store_rows(const float* from, int64_t from_stride, int64_t rows, int64_t co
                 typename Type::Element* to, int64_t to_stride) {
   for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
     for (int64_t i = 0; i < columns; i += kLanes) {
+      __builtin_prefetch(to + kRowsAhead * to_stride + i, 1);
       const Floats x = factor * load_as<Floats>(from + i);
       if (columns - i >= kLanes) {
         store<Type>(to + i, x);

@@ -132,7 +132,8 @@ def agg_loss(
         *(global_batch_size, loss_scale_factor),
     )
     if aggregation == "token-mean":
-        return _masked_sum(loss_mat, loss_mask, None) / divisor
+        total = _masked_sum(loss_mat, loss_mask, None)
+        return (total / divisor).to(total.dtype)  # a count by dp_size is a float32
     per_sequence = _masked_sum(loss_mat, loss_mask, -1)
     if aggregation == "seq-mean-token-mean":
         per_sequence = per_sequence / (loss_mask.sum(dim=-1) + _EPS)
