@@ -82,7 +82,7 @@ def comparison(lengths: list[int], dtype: torch.dtype, backward: bool, turns: in
         return Variant(name, lambda: running(attend, sum(lengths), dtype, backward))
 
     variants = [variant("kernel", kernel(lengths)), variant("PyTorch", pytorch(lengths))]
-    return compare("row attention", variants, turns=turns, calls_per_turn=5, uncounted_calls=1)
+    return compare("row attention", variants, turns=turns, calls_per_turn=20, uncounted_calls=1)
 
 
 def operations(lengths: list[int], backward: bool) -> float:
