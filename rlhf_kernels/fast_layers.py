@@ -63,7 +63,8 @@ def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
     layers = [getattr(self, name) for name in PROJECTIONS]
     if x.device.type != "cpu":
         return type(self).forward(self, x)
-    fusible = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype
+    fusible = torch.is_grad_enabled() and not autocast
     if fusible and all(type(each) is nn.Linear and each.weight.dtype == x.dtype for each in layers):
         return gated_mlp(x, *(each.weight for each in layers))
     # Sampling has its layers' weights packed, and adapters may have been put in their place.

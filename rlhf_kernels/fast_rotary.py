@@ -28,13 +28,12 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 def fast_rotary(model: nn.Module) -> Iterator[None]:
     """Queries and keys of models like this one are rotated by the kernel inside, on CPUs.
 
-    Not for compiled layers, nor for those that run again in the backward, which is outside: they
-    would be rotated by another function then. Nothing changes for models whose function is not
-    there, or computes something else.
+    Nothing changes for models whose function is not there, or computes something else.
     """
     module = _module_of(type(model))
     theirs = None if module is None else getattr(module, NAME)
-    if theirs is None or unavailable_reason("cpu") is not None or not _is_plain_rotary(theirs):
+    possible = unavailable_reason("cpu") is None and runs_once_as_written(model)
+    if theirs is None or not possible or not _is_plain_rotary(theirs):
         yield
         return
     setattr(module, NAME, _by_kernel(theirs))
@@ -42,6 +41,18 @@ def fast_rotary(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         setattr(module, NAME, theirs)
+
+
+def runs_once_as_written(model: nn.Module) -> bool:
+    """Whether what holds during a forward can be told to a model's layers.
+
+    Compiled ones would be compiled anew whenever it changes, and checkpointed ones run again in the
+    backward, when it holds no longer.
+    """
+    return not any(
+        module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
 
 
 def _module_of(kind: type) -> ModuleType | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlhf_kernels import backends
+from rlhf_kernels.fast_rotary import runs_once_as_written
 from rlhf_kernels.ops.row_attention import LARGEST_SIZE, row_attention
 
 BY_ROWS = "rlhf_by_rows"
@@ -59,18 +60,6 @@ def can_attend_by_rows(model: Any) -> bool:
         and getattr(config, "sliding_window", None) is None
         and set(layers) == {"full_attention"}
         and runs_once_as_written(model)
-    )
-
-
-def runs_once_as_written(model: Any) -> bool:
-    """Whether what holds during a forward can be told to its layers.
-
-    Compiled ones would be compiled anew for every batch, and checkpointed ones run again when the
-    batch is forgotten.
-    """
-    return not any(
-        module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
-        for module in model.modules()
     )
 
 

@@ -7,14 +7,13 @@ where they need it.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.models.loading import ModelError, model_name
-from rlhf.models.packed import packed_hidden_states, packs, runs_once_as_written
+from rlhf.models.packed import packed_hidden_states, packs
 from rlhf_kernels.fast_rotary import fast_rotary
 
 # What transformers calls a head that does more than hidden @ weight.T + bias. A small or untrained
@@ -47,7 +46,7 @@ def hidden_states(
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
     if position_ids is None:
         position_ids = position_ids_from_mask(attention_mask)
-    with fast_rotary(trunk) if runs_once_as_written(trunk) else nullcontext():
+    with fast_rotary(trunk):
         if takes_positions and packs(model, attention_mask):
             return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
         # Models without the parameter (ALiBi) read positions off the attention mask.

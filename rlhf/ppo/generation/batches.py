@@ -11,10 +11,12 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from rlhf.data import pad_left
 from rlhf.engine import resolve_dtype
 from rlhf.engine.precision import autocast
+from rlhf.models.decoding import attending_in_float32
 from rlhf.ppo.generation.ending import Ending, StopAtStrings
 from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers
 from rlhf.ppo.generation.settings import GenerationSettings
+from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.linear_layers import packed_for_sampling
 
 
@@ -41,6 +43,8 @@ def sample_in_batches(
     with (
         generating(policy, config),
         packed_for_sampling(policy, settings.batch_size),
+        attending_in_float32(policy),
+        fast_rotary(policy.get_decoder()),
         autocast(resolve_dtype(settings.dtype, device), device),
     ):
         for start in range(0, len(order), settings.batch_size):
