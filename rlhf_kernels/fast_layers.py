@@ -39,7 +39,13 @@ def use_fast_layers(model: nn.Module) -> None:
 
 @contextmanager
 def fast_layers(model: nn.Module) -> Iterator[None]:
-    """The same for what is called inside, backward passes of it included."""
+    """The same for what is called inside, backward passes of it included.
+
+    Not for checkpointed layers: they run again in the backward, outside, and would be others.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
     layers = [*linear_layers(model), *(module for module, _ in _replaceable(model))]
     with keeping_forwards(layers):
         use_fast_layers(model)

@@ -30,7 +30,7 @@ def fast_rotary(model: nn.Module) -> Iterator[None]:
 
     Nothing changes for models whose function is not there, or computes something else.
     """
-    module = _module_of(type(model))
+    module = _module_of(model)
     theirs = None if module is None else getattr(module, NAME)
     possible = unavailable_reason("cpu") is None and runs_once_as_written(model)
     if theirs is None or not possible or not _is_plain_rotary(theirs):
@@ -55,9 +55,11 @@ def runs_once_as_written(model: nn.Module) -> bool:
     )
 
 
-def _module_of(kind: type) -> ModuleType | None:
-    """Where a model's class, or one that it is made from, finds the function."""
-    modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
+def _module_of(model: nn.Module) -> ModuleType | None:
+    """Where the first class in a model that has the function, or is made from one, finds it."""
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    bases = dict.fromkeys(base.__module__ for kind in kinds for base in kind.__mro__)
+    modules = (sys.modules.get(name) for name in bases)
     return next((module for module in modules if module and hasattr(module, NAME)), None)
 
 

@@ -160,7 +160,7 @@ def test_rotary_embeddings_are_the_kernel_s_inside(
     monkeypatch.setattr(
         "rlhf_kernels.fast_rotary.rotary", lambda *args: calls.append(0) or rotary(*args)
     )
-    with fast_rotary(model):
+    with fast_rotary(nn.ModuleList([model])):  # wherever the model is
         assert modeling_llama.apply_rotary_pos_emb is not theirs
         found = model(IDS).logits
     assert len(calls) >= 2 * model.config.num_hidden_layers
@@ -189,6 +189,22 @@ def test_rotary_embeddings_are_put_back_after_an_error() -> None:
     with pytest.raises(RuntimeError), fast_rotary(tiny_llama()):
         raise RuntimeError
     assert modeling_llama.apply_rotary_pos_emb is theirs
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpointed_layers_are_the_same_ones_when_they_run_again() -> None:
+    model = tiny_llama().train()
+    expected = torch.autograd.grad(model(IDS).logits.square().mean(), list(model.parameters()))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with fast_layers.fast_layers(model), fast_rotary(model):
+        loss = model(IDS).logits.square().mean()
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    use_fast_layers(model)  # to stay
+    again = torch.autograd.grad(model(IDS).logits.square().mean(), list(model.parameters()))
+    largest = max(float(grad.abs().max()) for grad in expected)
+    for name, grads in zip(dict(model.named_parameters()), zip(expected, found, again)):
+        for grad in grads:
+            assert torch.allclose(grad, grads[0], rtol=0, atol=64 * EPS * largest), name
 
 
 def test_the_layer_can_be_compiled_and_checked() -> None:

@@ -53,6 +53,6 @@ def attend_in_float32(
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.float()
     with torch.autocast("cpu", enabled=False):  # which would round it all to bfloat16
-        wide = (x.float() for x in (query, key, value))
-        found, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
+        q, k, v = query.float(), key.float(), value.float()
+        found, _ = sdpa_attention_forward(module, q, k, v, attention_mask, **options)
     return found.to(query.dtype), None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_kernels.fast_layers import fast_layers
+from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
 from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf_kernels.logprobs import token_logprobs
@@ -81,7 +82,7 @@ def batch_generation(
     found = []
     for query in queries.split(local_rollout_forward_batch_size):
         valid = query != pad_token_id
-        with packed_for_sampling(model, len(query)):
+        with packed_for_sampling(model, len(query)), fast_rotary(model):
             output = model.generate(  # type: ignore[operator]
                 input_ids=query.masked_fill(~valid, 0),
                 attention_mask=valid,
@@ -114,7 +115,7 @@ def forward(model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any
         is a plain linear layer; with the critic's values [B, L, 1] from a pair.
     """
     valid = query_responses != pad_token_id
-    with deferred_head(model), fast_layers(model):
+    with deferred_head(model), fast_layers(model), fast_rotary(model):
         return model(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,
@@ -142,7 +143,7 @@ def get_reward(
     valid = query_responses != pad_token_id
     prefix: Any = model.base_model_prefix
     trunk = getattr(model, prefix)
-    with fast_layers(model):
+    with fast_layers(model), fast_rotary(model):
         hidden = trunk(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,

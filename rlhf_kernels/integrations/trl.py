@@ -20,7 +20,8 @@ others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE a
   is where the head is a plain `torch.nn.Linear`, in one process or under DDP; adapters' and
   quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
   within the model only: do not patch there.
-- `forward`, `get_reward` and sampling multiply float32 by oneDNN where a CPU of AMD runs them.
+- On a CPU `forward`, `get_reward` and sampling run the layers by `rlhf_kernels.fast_layers`,
+  without gradient checkpointing, and multiply float32 by oneDNN where the CPU is AMD's.
 - On a machine without a GPU malloc keeps what is freed, for the whole process, until `unpatch`:
   the system is asked for every gradient's memory anew otherwise (`rlhf_kernels.cpu_memory`).
 

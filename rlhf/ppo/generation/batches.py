@@ -44,7 +44,7 @@ def sample_in_batches(
         generating(policy, config),
         packed_for_sampling(policy, settings.batch_size),
         attending_in_float32(policy),
-        fast_rotary(policy.get_decoder()),
+        fast_rotary(policy),
         autocast(resolve_dtype(settings.dtype, device), device),
     ):
         for start in range(0, len(order), settings.batch_size):
