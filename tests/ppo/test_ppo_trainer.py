@@ -20,6 +20,7 @@ from rlhf.models import ModelError
 from rlhf.ppo import PPOConfig, PPOTrainer, RewardError
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import minibatches
+from rlhf_kernels.fast_layers import use_fast_layers
 
 DOCS = Path(__file__).parents[2] / "docs" / "ppo.md"
 # Depend on the clock.
@@ -128,6 +129,7 @@ def test_saved_models_load_with_transformers(
     ids = torch.tensor([tokenizer("w1 w2 w3")["input_ids"]])
     for loaded, trained in ((policy, trainer.policy), (critic, trainer.critic)):
         trained.eval()
+        use_fast_layers(loaded)  # as the trained one has them, to the bit
         assert torch.equal(loaded.eval()(ids).logits, trained(ids).logits)
     assert json.loads((folder / "training_config.json").read_text())["total_updates"] == 1
 
