@@ -1,21 +1,32 @@
-"""The C++ kernels for CPU tensors: allocation and addresses around `rlhf_kernels._cpu`.
-
-Compiled for several instruction sets; the best that the machine runs is used, or the one that the
-environment variable RLHF_KERNELS_CPU_ISA names (baseline, avx2 or avx512).
-"""
+"""The C++ kernels for CPU tensors: allocation and addresses around `rlhf_kernels._cpu`."""
 
 from __future__ import annotations
 
 import math
-import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import addresses, reference
-from rlhf_kernels.backends.addresses import address, as_rows, float_rows, unit_columns, vector
+from rlhf_kernels.backends.addresses import address, float_rows, unit_columns, vector
+from rlhf_kernels.backends.cpu_extension import (
+    ELEMENT_TYPES,
+    FRESH_PAGES_BYTES,
+    availability,
+    describe,
+    empty,
+)
+from rlhf_kernels.backends.cpu_extension import extension as _cpu
+from rlhf_kernels.backends.cpu_layers import (
+    rms_norm_backward,
+    rms_norm_forward,
+    rotary,
+    row_attention_backward,
+    row_attention_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from rlhf_kernels.ppo_types import (
     KL_ESTIMATORS,
     MASKED_STEPS,
@@ -23,6 +34,18 @@ from rlhf_kernels.ppo_types import (
     GAEConfig,
     PPOLossConfig,
 )
+
+__all__ = [
+    "availability",
+    "describe",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rotary",
+    "row_attention_backward",
+    "row_attention_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+]
 
 NAME = "cpu"
 PRIMITIVES = frozenset(
@@ -44,63 +67,6 @@ PRIMITIVES = frozenset(
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale
-ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
-
-_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The C library gives allocations of this size back to the system when they are freed, so each new
-# one starts out without memory pages.
-_FRESH_PAGES_BYTES = 32 * 2**20
-
-
-def _load() -> tuple[Any, str | None]:
-    """The extension module, or why it cannot be used."""
-    try:
-        import rlhf_kernels._cpu as extension
-    except ImportError as error:
-        return None, _why_missing(error)
-    requested = os.environ.get(ISA_VARIABLE)
-    if requested:
-        try:
-            extension.use_isa(requested)
-        except ValueError as error:
-            return None, f"{ISA_VARIABLE}: {error}"
-    return extension, None
-
-
-def _why_missing(error: ImportError) -> str:
-    try:
-        from rlhf_kernels._build_info import CPU_MISSING
-    except ImportError:
-        return f"rlhf_kernels._cpu is not built (run `pip install -e .` in the checkout): {error}"
-    return CPU_MISSING or f"rlhf_kernels._cpu cannot be loaded: {error}"
-
-
-_cpu, _unavailable = _load()
-
-
-def availability() -> str | None:
-    """None where the kernels can be used, else the reason."""
-    return _unavailable
-
-
-def describe() -> str:
-    """For `rlhf_kernels.info`: the instruction set in use, among those that would run."""
-    return f"C++, {_cpu.isa()} code (this machine runs {', '.join(_cpu.isas())})"
-
-
-def in_huge_pages(new: Tensor) -> Tensor:
-    """A tensor whose memory has not been touched; a large one will be given huge pages.
-
-    That spares a fault for every 4 kB of it. Without the extension, or elsewhere, it does nothing.
-    """
-    if _cpu is not None and new.device.type == "cpu" and new.nbytes > _FRESH_PAGES_BYTES:
-        _cpu.ask_for_huge_pages(new.data_ptr(), new.nbytes)
-    return new
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor for the C++ to fill: on the CPU, whatever PyTorch's default device is."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def token_logprobs_forward(
@@ -123,7 +89,7 @@ def token_logprobs_forward(
     entropy = empty((rows,), torch.float32) if need_entropy else None
     bad = _cpu.token_logprobs_forward(
         logits.data_ptr(),
-        _ELEMENT_TYPES[logits.dtype],
+        ELEMENT_TYPES[logits.dtype],
         rows,
         columns,
         logits.stride(0),
@@ -166,10 +132,10 @@ def token_logprobs_backward(
     fresh = False
     if out is None:
         out = empty(logits.shape, logits.dtype)
-        fresh = out.nbytes > _FRESH_PAGES_BYTES
+        fresh = out.nbytes > FRESH_PAGES_BYTES
     bad = _cpu.token_logprobs_backward(
         logits.data_ptr(),
-        _ELEMENT_TYPES[logits.dtype],
+        ELEMENT_TYPES[logits.dtype],
         rows,
         columns,
         logits.stride(0),
@@ -348,167 +314,6 @@ def ppo_loss_forward(
     return loss, stats, grad_logprobs, grad_values, grad_entropy
 
 
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate)·up of tensors [..., N]."""
-    hidden = in_huge_pages(empty(gate.shape, gate.dtype))
-    if hidden.numel() > 0:
-        gate, up = as_rows(gate), as_rows(up)
-        _cpu.swiglu_forward(_rows(gate), _rows(up), hidden.data_ptr(), torch.get_num_threads())
-    return hidden
-
-
-def swiglu_backward(
-    gate: Tensor, up: Tensor, grad_hidden: Tensor, need_hidden: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of gate and up [..., N], and silu(gate)·up again (or None)."""
-    grad_gate, grad_up = (in_huge_pages(empty(gate.shape, gate.dtype)) for _ in range(2))
-    hidden = in_huge_pages(empty(gate.shape, gate.dtype)) if need_hidden else None
-    if gate.numel() > 0:
-        gate, up, grad_hidden = as_rows(gate), as_rows(up), as_rows(grad_hidden)
-        _cpu.swiglu_backward(
-            *map(_rows, (gate, up, grad_hidden)),
-            grad_gate.data_ptr(),
-            grad_up.data_ptr(),
-            address(hidden),
-            torch.get_num_threads(),
-        )
-    return grad_gate, grad_up, hidden
-
-
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x·rstd·weight [..., N], and rstd = rsqrt(mean(x²) + eps) [rows]."""
-    out = in_huge_pages(empty(x.shape, x.dtype))
-    rstd = empty((math.prod(x.shape[:-1]),), torch.float32)
-    if x.numel() > 0:
-        x, weight = as_rows(x), vector(weight)
-        _cpu.rms_norm_forward(
-            _rows(x),
-            weight.data_ptr(),
-            eps,
-            out.data_ptr(),
-            rstd.data_ptr(),
-            torch.get_num_threads(),
-        )
-    return out, rstd
-
-
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x [..., N] and of the weight [N] (or None), rstd as the forward gave it."""
-    grad_x = in_huge_pages(empty(x.shape, x.dtype))
-    grad_weight = empty(weight.shape, torch.float32) if need_weight else None
-    if x.numel() > 0:
-        grad, x, wide = as_rows(grad), as_rows(x), vector(weight)
-        _cpu.rms_norm_backward(
-            _rows(grad),
-            _rows(x),
-            wide.data_ptr(),
-            rstd.data_ptr(),
-            grad_x.data_ptr(),
-            address(grad_weight),
-            torch.get_num_threads(),
-        )
-    elif grad_weight is not None:
-        grad_weight.zero_()
-    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool, out: Tensor) -> Tensor:
-    """x·cos + rotate_half(x)·sin of x [B, H, T, D] into `out`, or the adjoint: a gradient's."""
-    if x.numel() > 0:
-        x, cos, sin = unit_columns(x), *_rotary_tables(x, cos, sin)
-        _cpu.rotary(
-            tuple(x.shape),
-            *map(_heads, (x, cos, sin, out)),
-            adjoint,
-            torch.get_num_threads(),
-        )
-    return out
-
-
-def _rotary_tables(x: Tensor, *tables: Tensor) -> list[Tensor]:
-    """Both as [B, 1, T, D], of the type of x where they are, else of float32."""
-    same = all(table.dtype == x.dtype for table in tables)
-    dtype = x.dtype if same else torch.float32
-    return [
-        unit_columns(table.to(dtype)).expand(x.shape[0], -1, -1).unsqueeze(1) for table in tables
-    ]
-
-
-def _heads(x: Tensor) -> tuple[int, int, int, int, int]:
-    """What the extension takes for [B, H, T, D] whose last dimension has no gaps."""
-    sequence, head, step, _ = x.stride()
-    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], sequence, head, step
-
-
-def row_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_starts: Tensor,
-    scale: float,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output [tokens, heads, size], log-sum-exps [tokens, heads], and in 16 bits, for the backward,
-    the output in float32."""
-    all_inputs = query, key, value = [unit_columns(x) for x in (query, key, value)]
-    row_starts = row_starts.contiguous()
-    out = empty(query.shape, query.dtype)
-    rounded = for_backward and out.dtype != torch.float32
-    exact = empty(query.shape, torch.float32) if rounded else None
-    log_sums = empty(query.shape[:2], torch.float32)
-    _cpu.row_attention_forward(
-        tuple(map(_heads_of_tokens, all_inputs)),
-        _attention_settings(query, key, scale),
-        (row_starts.numel() - 1, row_starts.data_ptr()),
-        out.data_ptr(),
-        address(exact),
-        log_sums.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out, log_sums, exact
-
-
-def row_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_starts: Tensor,
-    scale: float,
-    exact: Tensor,
-    log_sums: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, contiguous. exact: the output in float32."""
-    all_inputs = query, key, value = [unit_columns(x) for x in (query, key, value)]
-    row_starts = row_starts.contiguous()
-    grad_out = unit_columns(grad_out.to(query.dtype))
-    exact, log_sums = vector(exact), vector(log_sums)
-    grads = [empty(x.shape, x.dtype) for x in all_inputs]
-    _cpu.row_attention_backward(
-        tuple(map(_heads_of_tokens, all_inputs)),
-        _attention_settings(query, key, scale),
-        (row_starts.numel() - 1, row_starts.data_ptr()),
-        _heads_of_tokens(grad_out),
-        exact.data_ptr(),
-        log_sums.data_ptr(),
-        *(grad.data_ptr() for grad in grads),
-        torch.get_num_threads(),
-    )
-    return grads[0], grads[1], grads[2]
-
-
-def _heads_of_tokens(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _attention_settings(
-    query: Tensor, key: Tensor, scale: float
-) -> tuple[int, int, int, int, float]:
-    return query.shape[1], key.shape[1], query.shape[2], _ELEMENT_TYPES[query.dtype], scale
-
-
 def adamw_8bit(
     weights: Tensor,
     remainder: Tensor | None,
@@ -565,13 +370,6 @@ def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != (size,):
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
         raise ValueError(f"{size} numbers of {dtype} are needed, not {found}")
-
-
-def _rows(x: Tensor) -> tuple[int, int, int, int, int]:
-    """What the extension takes for `as_rows`."""
-    columns = x.shape[-1]
-    stride = columns if x.is_contiguous() else x.stride(0)
-    return x.data_ptr(), _ELEMENT_TYPES[x.dtype], x.numel() // columns, columns, stride
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

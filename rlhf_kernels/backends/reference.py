@@ -7,8 +7,6 @@ ties fall where `docs/kernels.md` says.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,8 @@ from rlhf_kernels.backends.reference_layers import (  # noqa: F401 (primitives o
     rms_norm_backward,
     rms_norm_forward,
     rotary,
+    row_attention_backward,
+    row_attention_forward,
     swiglu_backward,
     swiglu_forward,
 )
@@ -255,79 +255,6 @@ def ppo_loss_forward(
         ]
     )
     return loss, stats, grad_logprobs, grad_values, grad_entropy
-
-
-def row_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_starts: Tensor,
-    scale: float,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output [tokens, heads, size], log-sum-exps [tokens, heads], and in 16 bits, for the backward,
-    the output in float32."""
-    exact = _wide(query).new_empty(query.shape)
-    log_sums = exact.new_empty(query.shape[:2])
-    for row in _rows(row_starts):
-        scores = _causal_scores(query[row], key[row], scale)
-        sums = scores.logsumexp(-1)  # [heads, tokens]
-        probabilities = (scores - sums[..., None]).exp()
-        exact[row] = (probabilities @ _for_heads(value[row], query.shape[1])).transpose(0, 1)
-        log_sums[row] = sums.T
-    rounded = exact.to(query.dtype)
-    return rounded, log_sums, exact if for_backward and rounded is not exact else None
-
-
-def row_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_starts: Tensor,
-    scale: float,
-    exact: Tensor,
-    log_sums: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, contiguous. exact: the output before its rounding."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    grads = [x.new_empty(x.shape) for x in (query, key, value)]
-    grad_query, grad_key, grad_value = grads
-    for row in _rows(row_starts):
-        upstream = _for_heads(grad_out[row], heads)
-        scores = _causal_scores(query[row], key[row], scale)
-        probabilities = (scores - log_sums[row].T[..., None]).exp()
-        products = upstream @ _for_heads(value[row], heads).mT
-        dots = (upstream * exact[row].transpose(0, 1)).sum(-1, keepdim=True)
-        grad_scores = probabilities * (products - dots) * scale
-        wide_query, wide_key = _for_heads(query[row], heads), _for_heads(key[row], heads)
-        grad_query[row] = (grad_scores @ wide_key).transpose(0, 1)
-        grad_key[row] = _summed_groups(grad_scores.mT @ wide_query, kv_heads)
-        grad_value[row] = _summed_groups(probabilities.mT @ upstream, kv_heads)
-    return grad_query, grad_key, grad_value
-
-
-def _rows(row_starts: Tensor) -> list[slice]:
-    starts = row_starts.tolist()
-    return [slice(begin, end) for begin, end in itertools.pairwise(starts) if begin < end]
-
-
-def _for_heads(row: Tensor, heads: int) -> Tensor:
-    """[heads, tokens, size] of [tokens, kv_heads, size], in float32 or wider."""
-    return _wide(row).transpose(0, 1).repeat_interleave(heads // row.shape[1], dim=0)
-
-
-def _causal_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[heads, tokens, tokens] of a row's queries and keys; -inf for later keys."""
-    heads, tokens = query.shape[1], query.shape[0]
-    scores = _for_heads(query, heads) * scale @ _for_heads(key, heads).mT
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-    return scores.masked_fill(later, -torch.inf)
-
-
-def _summed_groups(x: Tensor, kv_heads: int) -> Tensor:
-    """[tokens, kv_heads, size] of [heads, tokens, size]."""
-    return x.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

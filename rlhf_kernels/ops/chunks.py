@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import backends, checks
-from rlhf_kernels.backends.cpu import in_huge_pages
+from rlhf_kernels.backends.cpu_extension import in_huge_pages
 from rlhf_kernels.ops.products import mm, onednn_is_faster, takes_onednn
 
 if TYPE_CHECKING:

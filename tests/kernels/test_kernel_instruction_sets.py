@@ -44,7 +44,8 @@ from test_kernel_token_logprobs import (
     test_temperature,
 )
 
-from rlhf_kernels import backends, info
+from rlhf_kernels import info
+from rlhf_kernels.backends import cpu_extension
 
 __all__ = [
     "test_a_row_of_minus_infinity_is_nan_alone",
@@ -99,6 +100,6 @@ def test_info_says_which_is_used(backend, instruction_set):
 
 
 def test_an_unknown_one_is_a_reason(backend, monkeypatch):
-    module = backends.load("cpu")
+    module = cpu_extension
     monkeypatch.setenv(module.ISA_VARIABLE, "avx1024")
     assert "RLHF_KERNELS_CPU_ISA" in module._load()[1]
