@@ -71,7 +71,7 @@ def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype
     fusible = torch.is_grad_enabled() and not autocast
-    if fusible and all(type(each) is nn.Linear and each.weight.dtype == x.dtype for each in layers):
+    if fusible and all(_is_plain(each) and each.weight.dtype == x.dtype for each in layers):
         return gated_mlp(x, *(each.weight for each in layers))
     # Sampling has its layers' weights packed, and adapters may have been put in their place.
     of_gate, of_up, of_down = layers
@@ -91,10 +91,18 @@ def _is_gated_mlp(module: Any) -> bool:
     linear = [children.pop(name, None) for name in PROJECTIONS]
     return (
         list(children) == ["act_fn"]
-        and all(type(each) is nn.Linear and each.bias is None for each in linear)
+        and all(map(_is_plain, linear))
         and linear_layers(module) == linear
-        and not any(each._forward_hooks or each._forward_pre_hooks for each in linear if each)
     )
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it is its weight alone: no bias, no adapter, nobody who watches it being called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(layer) is not nn.Linear:
+        return False
+    bias: Tensor | None = layer.bias
+    return bias is None and not any(getattr(layer, name) for name in hooks)
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -109,10 +117,7 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 def _same(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether modules of its class compute `forward`, on numbers drawn for the question.
-
-    Twice 16 roundings of float32: sums of other orders.
-    """
+    """Whether modules of its class compute `forward`, on numbers drawn for the question."""
     kind = (type(module), type(getattr(module, "act_fn", None)))
     if kind not in _agrees:
         _agrees[kind] = _agrees_on_a_sample(module, forward)
@@ -130,6 +135,7 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
     x = torch.randn(3, next(twin.parameters()).shape[-1], generator=generator)
     expected = type(twin).forward(twin, x)
     found = MethodType(forward, twin)(x)
+    # Sums of other orders, a few roundings apart; another formula is off by far more.
     bound = 32 * torch.finfo(torch.float32).eps * (1 + float(expected.abs().max()))
     same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
     return same_shape and bool(((found - expected).abs() <= bound).all())

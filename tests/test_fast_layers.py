@@ -118,6 +118,23 @@ def test_biases_adapters_and_float64_are_left_to_pytorch() -> None:
     assert torch.allclose(wide, exact, rtol=0, atol=1e-14 * float(exact.abs().max()))
 
 
+def test_who_watches_a_layer_of_it_goes_on_seeing_it() -> None:
+    mlp, x = drawn(LlamaMLP(LlamaConfig(**SIZES))), torch.ones(3, 12)
+    use_fast_layers(mlp)
+    unseen = mlp(x)
+    seen = []
+    mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    output = mlp(x)
+    assert len(seen) == 1 and seen[0] is output
+    assert torch.allclose(
+        output, unseen, rtol=0, atol=32 * EPS * (1 + float(unseen.detach().abs().max()))
+    )
+    other = drawn(LlamaMLP(LlamaConfig(**SIZES)))
+    other.gate_proj.register_full_backward_hook(lambda *_: None)
+    use_fast_layers(other)
+    assert not replaced(other)
+
+
 def test_under_autocast_it_is_pytorch_s_product() -> None:
     mlp = drawn(LlamaMLP(LlamaConfig(**SIZES)))
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
