@@ -20,7 +20,7 @@ INT_MAX = 2**31 - 1
 # What glibc arrives at by itself in a process that frees large blocks.
 MMAP_MAX, MMAP_THRESHOLD = 65536, 32 * 2**20
 
-_kept = False
+_for_good = False
 
 
 def keep_freed_memory() -> bool:
@@ -29,35 +29,36 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it could: glibc has the setting, other C libraries do without.
     """
-    global _kept
-    libc = _libc()
-    if libc is not None and not _kept:
-        _kept = bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, INT_MAX))
-    return _kept
+    global _for_good
+    _for_good = _keep()
+    return _for_good
 
 
 @contextmanager
 def kept_freed_memory() -> Iterator[None]:
-    """`keep_freed_memory` for what is done inside; unless it was kept before, it goes back then."""
-    before = _kept
-    keep_freed_memory()
+    """The same for what is done inside; afterwards it goes back, unless it is kept for good."""
+    _keep()
     try:
         yield
     finally:
-        if not before:
+        if not _for_good:
             _give_back()
 
 
-def _give_back() -> None:
-    global _kept
+def _keep() -> bool:
     libc = _libc()
-    if libc is None or not _kept:
-        return
-    libc.mallopt(M_MMAP_MAX, MMAP_MAX)
-    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
-    libc.malloc_trim(0)
-    _kept = False
+    return libc is not None and bool(
+        libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, INT_MAX)
+    )
+
+
+def _give_back() -> None:
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def _libc() -> Any:

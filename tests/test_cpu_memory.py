@@ -33,8 +33,8 @@ with kept_freed_memory():
     kept = [a_step() for _ in range(3)][-1]
     held = resident() - before
 print(freely, kept, [a_step() for _ in range(3)][-1], held, resident() - before)
-keep_freed_memory()
 with kept_freed_memory():
+    keep_freed_memory()  # for good, whatever ends since
     a_step()
 print([a_step() for _ in range(3)][-1])
 """
@@ -49,4 +49,4 @@ def test_freed_memory_is_kept_inside_and_goes_back_after() -> None:
     assert freely >= 64 and after > freely / 2
     assert kept < freely / 8
     assert held >= 250 and left < 100
-    assert int(second) < freely / 8, "kept before, kept after"
+    assert int(second) < freely / 8, "kept for good inside, kept after"
