@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_kernels.backends import cpu, unavailable_reason
 from rlhf_kernels.fast_layers import fast_layers
 from rlhf_kernels.linear_layers import packed_for_sampling, use_fast_products
 from rlhf_kernels.ops import products
@@ -46,6 +47,42 @@ def test_products_are_exact_to_rounding_in_any_layout(m: int, k: int, n: int) ->
             a, b = of_left(left), of_right(right)
             assert products.takes_onednn(a, b)
             assert_product(products.mm(a, b), a, b)
+
+
+@pytest.mark.skipif(unavailable_reason("cpu") is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 16), (17, 33), (504, 192), (0, 4), (4, 0)])
+def test_transposes_are_copies(shape: tuple[int, int], threads: int) -> None:
+    from rlhf_kernels import _cpu
+
+    rows, columns = shape
+    before, isa = torch.get_num_threads(), _cpu.isa()
+    torch.set_num_threads(threads)
+    try:
+        for name in _cpu.isas():
+            _cpu.use_isa(name)
+            for x in (
+                normal(rows, columns, seed=1),
+                normal(rows, columns + 3, seed=2)[:, :columns],
+            ):
+                found = cpu.transposed(x)
+                assert found.is_contiguous() and torch.equal(found, x.t())
+    finally:
+        torch.set_num_threads(before)
+        _cpu.use_isa(isa)
+
+
+def test_only_transposed_float32_is_copied_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    theirs = cpu.transposed
+    monkeypatch.setattr(cpu, "transposed", lambda x: calls.append(x.shape) or theirs(x))
+    x, y = normal(8, 12, seed=1), normal(8, 9, seed=2)
+    products.mm(y.t(), x)
+    assert calls == ([] if unavailable_reason("cpu") is not None else [(8, 9)])
+    calls.clear()
+    products.mm(x.t().contiguous(), y)
+    products.mm(y.t().double(), x.double())
+    assert calls == []
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
