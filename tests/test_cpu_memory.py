@@ -11,16 +11,23 @@ from rlhf_kernels import cpu_memory
 
 # In a process of its own: the setting is the process's, and so are the counts.
 PROGRAM = """
+import ctypes
 import resource
-import torch
 from rlhf_kernels.cpu_memory import keep_freed_memory, kept_freed_memory
 
 BLOCKS, MIB = 64, 4
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
 
 def a_step():
-    # The faults of a backward pass: gradients, all gone in the end.
+    # The faults of a backward pass: gradients, all gone in the end. By malloc itself: a tensor's
+    # other parts may come to lie at the heap's end, and nothing before them goes back.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    gradients = [torch.ones(MIB * 2**18) for _ in range(BLOCKS)]
+    gradients = [libc.malloc(ctypes.c_size_t(MIB << 20)) for _ in range(BLOCKS)]
+    for gradient in gradients:
+        ctypes.memset(gradient, 1, MIB << 20)
+    for gradient in gradients:
+        libc.free(ctypes.c_void_p(gradient))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
