@@ -12,6 +12,7 @@ from rlhf_kernels.backends import cpu, unavailable_reason
 from rlhf_kernels.fast_layers import fast_layers
 from rlhf_kernels.linear_layers import packed_for_sampling, use_fast_products
 from rlhf_kernels.ops import products
+from rlhf_kernels.ops.gated_mlp import gated_mlp
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no oneDNN"
@@ -83,6 +84,15 @@ def test_only_transposed_float32_is_copied_by_the_kernel(monkeypatch: pytest.Mon
     products.mm(x.t().contiguous(), y)
     products.mm(y.t().double(), x.double())
     assert calls == []
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    x, weight = normal(4, 6, seed=1), normal(3, 5, seed=2)
+    for product in (products.linear, lambda x, weight: products.mm(x, weight.t())):
+        with pytest.raises(RuntimeError, match="4x6 and 5x3"):
+            product(x, weight)
+    with pytest.raises(RuntimeError, match="4x6 and 5x3"):
+        gated_mlp(x, weight, weight, weight)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

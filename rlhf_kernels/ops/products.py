@@ -57,10 +57,11 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def takes_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether `mm` of these would go to oneDNN."""
+    """Whether `mm` of these would go to oneDNN; what does not fit is left to PyTorch's message."""
     return (
         left.dtype == right.dtype == torch.float32
         and left.device.type == "cpu"
+        and left.shape[-1] == right.shape[0]
         and left.numel() * right.shape[-1] >= SMALL
         and onednn_is_faster()
     )
