@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.backends import unavailable_reason
-from rlhf_kernels.linear_layers import keeping_forwards, linear_layers, use_fast_products
+from rlhf_kernels.linear_layers import (
+    keeping_forwards,
+    linear_layers,
+    runs_as_its_class,
+    use_fast_products,
+)
 from rlhf_kernels.ops.gated_mlp import gated_mlp
 from rlhf_kernels.ops.rms_norm import rms_norm
 from rlhf_kernels.ops.swiglu import swiglu
@@ -57,11 +62,13 @@ def _replaceable(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Te
     if unavailable_reason("cpu") is not None:
         return
     for module in model.modules():
-        if _is_gated_mlp(module):
-            if _same(module, _gated_mlp_forward):
-                yield module, _gated_mlp_forward
-        elif _is_rms_norm(module) and _same(module, _rms_norm_forward):
-            yield module, _rms_norm_forward
+        for looks_alike, forward in KINDS:
+            if (
+                looks_alike(module)
+                and runs_as_its_class(module, forward)
+                and _same(module, forward)
+            ):
+                yield module, forward
 
 
 def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -139,3 +146,6 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
     bound = 32 * torch.finfo(torch.float32).eps * (1 + float(expected.abs().max()))
     same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
     return same_shape and bool(((found - expected).abs() <= bound).all())
+
+
+KINDS = ((_is_gated_mlp, _gated_mlp_forward), (_is_rms_norm, _rms_norm_forward))

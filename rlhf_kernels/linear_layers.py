@@ -99,9 +99,11 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
         for module in model.modules()
         if type(module) is nn.Linear
         and module.weight.device.type == "cpu"
-        and _is_ours_or_the_class_s(vars(module).get("forward"))
+        and runs_as_its_class(module, _forward)
     ]
 
 
-def _is_ours_or_the_class_s(forward: Any) -> bool:
-    return forward is None or getattr(forward, "__func__", None) is _forward
+def runs_as_its_class(module: nn.Module, ours: Any) -> bool:
+    """Whether a module's forward is its class's, or `ours` in its place already: not another's."""
+    forward = vars(module).get("forward")
+    return forward is None or getattr(forward, "__func__", None) is ours

@@ -135,6 +135,16 @@ def test_who_watches_a_layer_of_it_goes_on_seeing_it() -> None:
     assert not replaced(other)
 
 
+@pytest.mark.parametrize("module", [LlamaMLP(LlamaConfig(**SIZES)), LlamaRMSNorm(12)])
+def test_a_forward_that_someone_else_has_put_there_stays(module: Any) -> None:
+    """As accelerate's hooks do."""
+    module.forward = theirs = lambda x: x
+    use_fast_layers(module)
+    with fast_layers.fast_layers(module):
+        assert module.forward is theirs
+    assert module.forward is theirs
+
+
 def test_under_autocast_it_is_pytorch_s_product() -> None:
     mlp = drawn(LlamaMLP(LlamaConfig(**SIZES)))
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
