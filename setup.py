@@ -28,6 +28,7 @@ CPU_KERNELS = [
     "advantages",
     "ppo_loss",
     "transpose",
+    "square_sum",
     "adamw_8bit",
     "swiglu",
     "rms_norm",

@@ -23,8 +23,8 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::adamw_8bit,           \
-        isa::swiglu_forward, isa::swiglu_backward, isa::rms_norm_forward,                    \
+        isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::square_sum,           \
+        isa::adamw_8bit, isa::swiglu_forward, isa::swiglu_backward, isa::rms_norm_forward,   \
         isa::rms_norm_backward, isa::rotary, isa::row_attention_forward,                     \
         isa::row_attention_backward                                                          \
   }
@@ -264,6 +264,10 @@ void transpose(uintptr_t from, int64_t rows, int64_t columns, int64_t row_stride
 // (beta1, 1 - beta1, beta2, 1 - beta2, factor of the squares' root, eps, weight's decay, rate)
 typedef std::tuple<float, float, float, float, float, float, float, float> AdamwSettingsIn;
 
+double square_sum(uintptr_t data, int type, int64_t count, int threads) {
+  return active.square_sum({pointer<const void>(data), ElementType(type), count, threads});
+}
+
 void adamw_8bit(int64_t size, uintptr_t weights, uintptr_t remainder, uintptr_t gradient,
                 uintptr_t mean, uintptr_t mean_scale, uintptr_t square, uintptr_t square_scale,
                 uintptr_t noise, const AdamwSettingsIn& settings) {
@@ -497,6 +501,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("whiten", &whiten, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
   module.def("transpose", &transpose, release_gil());
+  module.def("square_sum", &square_sum, release_gil());
   module.def("adamw_8bit", &adamw_8bit, release_gil());
   module.def("swiglu_forward", &swiglu_forward, release_gil());
   module.def("swiglu_backward", &swiglu_backward, release_gil());

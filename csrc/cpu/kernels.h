@@ -137,6 +137,13 @@ struct Transpose {  // of [rows, columns], columns contiguous, to [columns, rows
   int threads;
 };
 
+struct SquareSum {  // of numbers without gaps
+  const void* data;
+  ElementType type;
+  int64_t count;
+  int threads;
+};
+
 constexpr int64_t kAdamw8bitBlock = 256;  // numbers with a scale of their own
 
 struct Adamw8bitSettings {
@@ -278,6 +285,7 @@ struct Kernels {
   void (*whiten)(const Whiten&);
   void (*ppo_loss)(const PpoLoss&);
   void (*transpose)(const Transpose&);
+  double (*square_sum)(const SquareSum&);
   void (*adamw_8bit)(const Adamw8bit&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
@@ -298,6 +306,7 @@ struct Kernels {
   void whiten(const Whiten& args);                                 \
   void ppo_loss(const PpoLoss& args);                              \
   void transpose(const Transpose& args);                           \
+  double square_sum(const SquareSum& args);                        \
   void adamw_8bit(const Adamw8bit& args);                          \
   void swiglu_forward(const SwigluForward& args);                  \
   void swiglu_backward(const SwigluBackward& args);                \

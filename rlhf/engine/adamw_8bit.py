@@ -237,10 +237,10 @@ def update(
         update_part(part, chance.randrange(PLACES), settings)
 
 
-def has_kernel(parameter: nn.Parameter) -> bool:
-    """Whether the C++ is there for it, and is not to be left out."""
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether the C++ is there for a parameter or its gradient, and is not to be left out."""
     wanted = os.environ.get(ENVIRONMENT_VARIABLE) or cpu.NAME
-    return parameter.device.type == "cpu" and wanted == cpu.NAME and cpu.availability() is None
+    return tensor.device.type == "cpu" and wanted == cpu.NAME and cpu.availability() is None
 
 
 def update_compiled(part: Part, place: int, settings: Settings) -> None:

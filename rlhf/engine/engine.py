@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from rlhf.engine.adamw_8bit import AdamW8bit
 from rlhf.engine.config import TrainingConfig
+from rlhf.engine.gradient_norm import gradient_norm
 from rlhf.engine.lora import has_lora, merged_weights
 from rlhf.engine.optimizer import (
     MasterWeights,
@@ -162,7 +162,7 @@ class Engine:
         Raises:
             NonFiniteError: ``config.max_skipped_steps`` steps in a row had to be skipped.
         """
-        norm = self._gradient_norm()
+        norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm, bad_terms = self._on_host(norm)
         rate = self.learning_rate
         skipped = bool(bad_terms) or not math.isfinite(grad_norm)
@@ -220,16 +220,6 @@ class Engine:
         return self.base_learning_rate * learning_rate_factor(
             config.lr_schedule, self.steps_done, self.total_steps, config.warmup_ratio
         )
-
-    def _gradient_norm(self) -> Tensor:
-        """Norm of all gradients, over all ranks' shards; 0-dim."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients and gradients[0].dtype == torch.bfloat16:  # the norm needs more digits
-            return torch.stack(
-                [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-            ).norm()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _on_host(self, norm: Tensor) -> tuple[float, list[str]]:
         """The gradient norm and the loss terms that are not finite, in one transfer."""

@@ -22,8 +22,8 @@ IGNORED = -100
 def response_logprobs(model: Any, batch: Sequences, temperature: float) -> Tensor:
     """Log-probability of each response token, fp32 [B, T], 0 where masked.
 
-    The trunk reads everything but the last token, whose prediction nobody needs; the head runs on
-    the trained response positions alone.
+    The trunk reads everything but each row's last token, whose prediction nobody needs; the head
+    runs on the trained response positions alone.
     """
     hidden, weight, bias, targets = head_inputs(model, batch)
     return linear_token_logprobs(
@@ -59,6 +59,6 @@ def response_values(critic: Any, batch: Sequences) -> Tensor:
 
 
 def _inputs(batch: Sequences) -> tuple[Tensor, Tensor]:
-    ids = torch.cat([batch.prompt_ids, batch.responses], dim=1)
-    mask = torch.cat([batch.prompt_mask, batch.attended()], dim=1)
-    return ids[:, :-1], mask[:, :-1]
+    """Ids and mask [B, P + T - 1]; a response token is read where another one follows."""
+    ids = torch.cat([batch.prompt_ids, batch.responses[:, :-1]], dim=1)
+    return ids, torch.cat([batch.prompt_mask, batch.attended()[:, 1:]], dim=1)

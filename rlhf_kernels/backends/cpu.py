@@ -366,6 +366,13 @@ def transposed(x: Tensor) -> Tensor:
     return out
 
 
+def square_sum(x: Tensor) -> float:
+    """The sum of all squares, each one rounded to float32, of a tensor without gaps; no primitive
+    either."""
+    threads = torch.get_num_threads()
+    return _cpu.square_sum(x.data_ptr(), ELEMENT_TYPES[x.dtype], x.numel(), threads)
+
+
 def _check_vector(tensor: Tensor, size: int, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.shape != (size,):
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
