@@ -101,6 +101,10 @@ class Rows:
         self._kernels = backends.choose("token_logprobs_forward", self.weight, head.backend)
         self._gradients = backends.choose("token_logprobs_backward", self.weight, head.backend)
 
+    @property
+    def in_one_chunk(self) -> bool:
+        return self.count <= self._chunk_size
+
     def pick(self, tensor: Tensor, place: slice) -> Tensor:
         """The rows of a tensor [N, ...] that stand at `place` among those that take part."""
         return tensor[place] if self._index is None else tensor[self._index[place]]
@@ -180,8 +184,7 @@ class Gradients:
         # Ranks of a split vocabulary add up their parts: those are not rounded before.
         dtype = hidden.dtype if rows.head.group is None else wide
         self.hidden = hidden.new_zeros(hidden.shape if needed[0] else 0, dtype=dtype)
-        shape = weight.shape if needed[1] else 0
-        self.weight = in_huge_pages(weight.new_empty(shape, dtype=wide)).zero_()
+        self.weight: Tensor | None = None  # until there is a chunk
         self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=wide)
 
     def add(self, chunk: Chunk, grad_logits: Tensor) -> None:
@@ -189,9 +192,21 @@ class Gradients:
             grad_hidden = mm(grad_logits, self._rows.weight).to(self.hidden.dtype)
             self._rows.put(self.hidden, chunk.place, grad_hidden)
         if self._needed[1]:
-            _add_product(self.weight, grad_logits.t(), chunk.hidden)
+            self._add_of_weight(grad_logits.t(), chunk.hidden)
         if self._needed[2]:
             self.bias += grad_logits.sum(dim=0, dtype=self.bias.dtype)
+
+    def _add_of_weight(self, left: Tensor, right: Tensor) -> None:
+        weight = self._rows.head.weight
+        if self.weight is None:
+            # The product of an only chunk is the gradient; nothing is added up, so nothing is lost.
+            dtype = left.dtype if self._rows.in_one_chunk else wide_dtype(left.dtype)
+            self.weight = in_huge_pages(weight.new_empty(weight.shape, dtype=dtype))
+            if dtype == left.dtype:
+                torch.mm(left, right, out=self.weight)
+                return
+            self.weight.zero_()
+        _add_product(self.weight, left, right)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtypes of what they are the gradients of."""
@@ -206,10 +221,12 @@ class Gradients:
         )
 
     def _of_weight(self) -> Tensor:
-        dtype = self._rows.head.weight.dtype
-        if dtype == self.weight.dtype:
+        weight = self._rows.head.weight
+        if self.weight is None:
+            return weight.new_zeros(weight.shape if self._needed[1] else 0)
+        if weight.dtype == self.weight.dtype:
             return self.weight
-        return in_huge_pages(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight)
+        return in_huge_pages(torch.empty_like(self.weight, dtype=weight.dtype)).copy_(self.weight)
 
 
 def _shard(head: Head) -> Shard | None:
