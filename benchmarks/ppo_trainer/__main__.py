@@ -4,9 +4,9 @@
                                      [--updates N] [--quick] [--models FOLDER] [--output PATH]
 
 SmolLM2-135M, 16 prompts of 32 tokens, responses of 32 (on a GPU 64 of 128 and 128), 4 epochs of one
-optimizer step each. Every
-run is a process of its own; the runs take turns. Prints a table, then met or NOT MET for each
-target, and writes benchmarks/results/ppo_trainer.json (on a GPU
+optimizer step each. Ours takes all rows in one micro-batch; TRL in one and in two, of which the
+faster counts. Every run is a process of its own; the runs take turns. Prints a table, then met or
+NOT MET for each target, and writes benchmarks/results/ppo_trainer.json (on a GPU
 ppo_trainer-cuda.json), or PATH. Run it on a quiet machine.
 """
 

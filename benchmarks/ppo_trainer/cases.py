@@ -30,7 +30,8 @@ class Run:
     def name(self) -> str:
         work = self.work
         optimizer = f", {work.optimizer}" if self.side == OURS else ""
-        return f"{self.side}, {work.critic} critic{optimizer}"
+        parts = f", {work.batch // work.micro_batch} micro-batches" if self.side == TRL else ""
+        return f"{self.side}, {work.critic} critic{optimizer}{parts}"
 
     def start(self) -> Report:
         """Do it in a process of its own.
@@ -73,14 +74,15 @@ def environment(work: Work) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """TRL's run, ours, and the floor under them.
+    """TRL's runs, ours, and the floor under them.
 
-    faster: How many times as long as ours TRL's update must take. memory: Ours over TRL's peak, at
-    the most; None where nothing is required of it.
+    trl: The same training in micro-batches of different sizes: the fastest one is compared. faster:
+    How many times as long as ours its update must take. memory: Ours over its peak, at the most;
+    None where nothing is required of it.
     """
 
     name: str
-    trl: Run
+    trl: tuple[Run, ...]
     ours: Run
     floor: Run
     faster: float
@@ -88,10 +90,11 @@ class Case:
 
     @property
     def runs(self) -> list[Run]:
-        return [self.trl, self.ours, self.floor]
+        return [*self.trl, self.ours, self.floor]
 
     def targets(self, reports: Mapping[Run, list[Report]]) -> list[Target]:
-        theirs, ours = reports[self.trl], reports[self.ours]
+        theirs = min((reports[run] for run in self.trl), key=median_seconds)
+        ours = reports[self.ours]
         what = f"{self.name}: {self.ours.name}"
         ratio = seconds_ratio(theirs, ours)
         found = [Target(f"{what}: seconds, TRL / ours", ratio, self.faster)]
@@ -107,16 +110,21 @@ def cases(models: str, updates: int, device: Device = "cpu") -> dict[str, Case]:
     for dtype in get_args(Number):
         work = Work(models, dtype=dtype, weights=dtype, updates=updates, device=device)
         if device == "cuda":  # more, to be worth a GPU's while
-            work = replace(work, batch=64, micro_batch=32, prompt=128, response=128)
+            work = replace(work, batch=64, micro_batch=64, prompt=128, response=128)
         shared, varied = replace(work, critic="shared"), replace(work, varied=True)
-        trl, floor = Run(TRL, work), Run(FLOOR, work)
+        trl, floor = _trl(work), Run(FLOOR, work)
         for case in (
             Case(f"separate-{dtype}", trl, _ours(work), floor, 1.4, memory=0.7),
             Case(f"shared-{dtype}", trl, _ours(shared), Run(FLOOR, shared), 2.0),
-            Case(f"varied-{dtype}", Run(TRL, varied), _ours(varied), Run(FLOOR, varied), 1.8),
+            Case(f"varied-{dtype}", _trl(varied), _ours(varied), Run(FLOOR, varied), 1.8),
         ):
             found[case.name] = case
     return found
+
+
+def _trl(work: Work) -> tuple[Run, ...]:
+    """The batch at once, as ours has it, and in two halves, which TRL does faster in float32."""
+    return Run(TRL, work), Run(TRL, replace(work, micro_batch=work.batch // 2))
 
 
 def _ours(work: Work) -> Run:

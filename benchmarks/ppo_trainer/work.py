@@ -52,7 +52,7 @@ class Work:
     varied: bool = False
     updates: int = 1
     batch: int = 16
-    micro_batch: int = 8
+    micro_batch: int = 16
     prompt: int = 32
     response: int = 32
     epochs: int = 4

@@ -25,7 +25,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         # off by 3e-4 for a vocabulary of 49,152.
         total = sum(cpu.square_sum(gradient) for gradient in gradients)
         return torch.tensor(math.sqrt(total), dtype=torch.float32)
-    if gradients and gradients[0].dtype == torch.bfloat16:  # the norm needs more digits
+    if gradients and gradients[0].dtype.itemsize == 2:  # the norm needs more digits
         return torch.stack(
             [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         ).norm()

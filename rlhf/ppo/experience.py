@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rlhf.ppo.kept_forward import KeptForward
 
 Self = TypeVar("Self", bound="Sequences")
 
@@ -100,6 +103,7 @@ class Experience(Sequences):
         kl_coef: Weight of the KL penalty for this batch.
         score_parts: Of several weighted rewards, what each returned, fp32 [B] by name.
         seconds: Time that each phase of the rollout took.
+        kept: Forward passes that the first step need not repeat; see ``rlhf.ppo.kept_forward``.
     """
 
     ended: Tensor
@@ -116,3 +120,4 @@ class Experience(Sequences):
     kl_coef: float = 0.0
     score_parts: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    kept: Sequence[KeptForward] = field(default=(), repr=False)

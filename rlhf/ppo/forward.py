@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlhf.models import hidden_states, lm_head, token_scores
 from rlhf.ppo.experience import Sequences
-from rlhf.ppo.shared_trunk import values_of
 from rlhf_kernels import linear_token_logprobs
 
 IGNORED = -100
@@ -25,27 +24,31 @@ def response_logprobs(model: Any, batch: Sequences, temperature: float) -> Tenso
     The trunk reads everything but each row's last token, whose prediction nobody needs; the head
     runs on the trained response positions alone.
     """
-    hidden, weight, bias, targets = head_inputs(model, batch)
-    return linear_token_logprobs(
-        hidden, weight, targets, bias=bias, temperature=temperature, ignore_index=IGNORED
-    )
+    return logprobs_of(model, response_hidden(model, batch), batch, temperature)
 
 
-def head_inputs(model: Any, batch: Sequences) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Hidden states [B, T, H] that predict the response tokens, the head, and the targets."""
+def response_hidden(model: Any, batch: Sequences) -> Tensor:
+    """The trunk's hidden states [B, T, H] that predict the response tokens."""
     ids, mask = _inputs(batch)
-    hidden = hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    return hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+
+
+def logprobs_of(model: Any, hidden: Tensor, batch: Sequences, temperature: float) -> Tensor:
+    """What the model's head makes of ``response_hidden``: fp32 [B, T], 0 where masked."""
     weight, bias = lm_head(model)
-    return hidden, weight, bias, batch.responses.masked_fill(~batch.response_mask, IGNORED)
-
-
-def response_logprobs_and_values(model: Any, batch: Sequences, temperature: float) -> Tensor:
-    """Both, of a policy with a value head, from one forward of its trunk: fp32 [B, T, 2]."""
-    hidden, weight, bias, targets = head_inputs(model, batch)
-    logprobs = linear_token_logprobs(
-        hidden, weight, targets, bias=bias, temperature=temperature, ignore_index=IGNORED
+    return linear_token_logprobs(
+        hidden,
+        weight,
+        response_targets(batch),
+        bias=bias,
+        temperature=temperature,
+        ignore_index=IGNORED,
     )
-    return torch.stack([logprobs, values_of(model, hidden, batch.response_mask)], dim=-1)
+
+
+def response_targets(batch: Sequences) -> Tensor:
+    """The tokens to predict, ``IGNORED`` where none is trained."""
+    return batch.responses.masked_fill(~batch.response_mask, IGNORED)
 
 
 def response_values(critic: Any, batch: Sequences) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,13 @@ from rlhf.engine import Engine, Frozen, World, rank_micro_batches
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.estimators import Episodes
 from rlhf.ppo.experience import Experience, Sequences
-from rlhf.ppo.forward import (
-    response_logprobs,
-    response_logprobs_and_values,
-    response_values,
-)
+from rlhf.ppo.forward import logprobs_of, response_hidden, response_logprobs, response_values
 from rlhf.ppo.generation import Generated
+from rlhf.ppo.kept_forward import KeptForward, KeptForwards, keep_forward
 from rlhf.ppo.models import PPOModels, WithoutAdapters
 from rlhf.ppo.prompts import PromptRow
 from rlhf.ppo.score_shaping import ScoreShaper
-from rlhf.ppo.shared_trunk import shares_trunk
+from rlhf.ppo.shared_trunk import shares_trunk, values_of
 
 Runs = Engine | Frozen | WithoutAdapters
 
@@ -43,15 +41,16 @@ def make_experience(
         generated.prompt_ids, generated.prompt_mask, generated.responses, generated.response_mask
     )
     over_batch = partial(batched, sequences=sequences, models=models, config=config)
-    logprobs_of = partial(response_logprobs, temperature=config.temperature)
-    values = None
-    if shares_trunk(models.policy.model):
-        both = partial(response_logprobs_and_values, temperature=config.temperature)
-        logprobs, values = over_batch(models.policy, both).unbind(-1)
-    else:
-        logprobs = over_batch(models.policy, logprobs_of)
+    logprobs_by = partial(response_logprobs, temperature=config.temperature)
+    ref_logprobs = over_batch(models.reference, logprobs_by)
+    # What is trained comes last: nothing else runs while its passes are kept.
+    of_policy = keep_forward(models.policy, response_hidden, sequences, config)
+    both = over_batch(models.policy, _of_policy(of_policy, config.temperature))
+    logprobs, values = both[..., 0], both[..., 1] if both.shape[-1] > 1 else None
+    of_critic = None
     if models.critic is not None:
-        values = over_batch(models.critic, response_values)
+        of_critic = keep_forward(models.critic, response_values, sequences, config)
+        values = over_batch(models.critic, _of_critic(of_critic))
     zeros = torch.zeros_like(logprobs)
     return Experience(
         **vars(sequences),
@@ -60,13 +59,36 @@ def make_experience(
         texts=generated.texts,
         scores=scores,
         logprobs=logprobs,
-        ref_logprobs=over_batch(models.reference, logprobs_of),
+        ref_logprobs=ref_logprobs,
         values=values,
         advantages=zeros,
         returns=None if values is None else zeros,
         rewards=zeros,
         kl=zeros,
+        kept=KeptForwards(kept for kept in (of_policy, of_critic) if kept is not None),
     )
+
+
+def _of_critic(kept: KeptForward | None) -> Callable[[Any, Sequences], Tensor]:
+    """The values of a batch, those that are kept where there are such."""
+
+    def values(critic: Any, batch: Sequences) -> Tensor:
+        return response_values(critic, batch) if kept is None else kept.output
+
+    return values
+
+
+def _of_policy(kept: KeptForward | None, temperature: float) -> Callable[[Any, Sequences], Tensor]:
+    """Log-probabilities [B, T, 1], with a value head also the values [B, T, 2], of a batch."""
+
+    def figures(policy: Any, batch: Sequences) -> Tensor:
+        hidden = response_hidden(policy, batch) if kept is None else kept.output
+        found = [logprobs_of(policy, hidden, batch, temperature)]
+        if shares_trunk(policy):
+            found.append(values_of(policy, hidden, batch.response_mask))
+        return torch.stack(found, dim=-1)
+
+    return figures
 
 
 def batched(

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engine import NonFiniteError, World, discarding_on_error, rank_micro_batches
+from rlhf.engine import Engine, NonFiniteError, World, discarding_on_error, rank_micro_batches
 from rlhf.engine.batching import chunks
+from rlhf.models import lm_head
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.forward import head_inputs, response_values
+from rlhf.ppo.forward import response_hidden, response_values
+from rlhf.ppo.kept_forward import take_kept
 from rlhf.ppo.metrics import LOSSES, POLICY_FIGURES, VALUE_FIGURES, UpdateStats
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.shared_trunk import shares_trunk, values_of
@@ -45,8 +47,13 @@ def run_epochs(
             step = Step(models, config, normalizer, stats, train_policy)
             outcome = {}
             for name in step.order:
-                for part, last in my_micro_batches(experience, rows, lengths, config, world):
-                    step.accumulate(name, part, last=last)
+                kept = take_kept(experience, step.model(name))
+                if kept is not None:
+                    whole = experience.micro_batch(kept.rows, lengths)
+                    step.accumulate(name, whole, output=kept.output)
+                else:
+                    for part, last in my_micro_batches(experience, rows, lengths, config, world):
+                        step.accumulate(name, part, last=last)
                 too_far = (
                     config.max_approx_kl is not None
                     and name == "policy"
@@ -128,13 +135,27 @@ class Step:
         self.order = [*critic, "policy"] if train_policy else ["policy", *critic]
         self.terms: dict[str, Tensor] = {}
 
-    def accumulate(self, name: str, part: Experience, *, last: bool = True) -> None:
-        """Add one micro-batch's gradients of a model, and its statistics."""
+    def model(self, name: str) -> Engine:
+        """One of those in ``order``."""
         model = self.models.critic if name == "critic" else self.models.policy
-        loss_of = self._value_loss if name == "critic" else self._policy_loss
         assert model is not None
+        return model
+
+    def accumulate(
+        self, name: str, part: Experience, *, last: bool = True, output: Tensor | None = None
+    ) -> None:
+        """Add one micro-batch's gradients of a model, and its statistics.
+
+        Args:
+            name: The model. part: The micro-batch.
+            last: Whether it is the step's last one.
+            output: What a forward pass has given, where there has been one: the critic's values or
+                the policy's hidden states.
+        """
+        model = self.model(name)
+        loss_of = self._value_loss if name == "critic" else self._policy_loss
         with model.autocast():
-            loss, loss_stats = model.run(partial(loss_of, part=part), last=last)
+            loss, loss_stats = model.run(partial(loss_of, part=part, output=output), last=last)
         figures = VALUE_FIGURES if name == "critic" else POLICY_FIGURES
         if shares_trunk(model.model):
             figures = VALUE_FIGURES | POLICY_FIGURES
@@ -146,11 +167,13 @@ class Step:
         if loss.requires_grad:
             model.backward(loss, terms=self.terms)
 
-    def _policy_loss(self, model: Any, part: Experience) -> tuple[Tensor, PPOLossStats]:
-        config = self.config
+    def _policy_loss(
+        self, model: Any, part: Experience, output: Tensor | None
+    ) -> tuple[Tensor, PPOLossStats]:
+        config, values = self.config, None
         with torch.set_grad_enabled(self.train_policy):
-            hidden, weight, bias, _ = head_inputs(model, part)
-            values = None
+            hidden = response_hidden(model, part) if output is None else output
+            weight, bias = lm_head(model)
             if shares_trunk(model):
                 values = values_of(model, hidden, part.response_mask)
             return linear_ppo_loss(
@@ -170,13 +193,15 @@ class Step:
                 normalizer=self.normalizer,
             )
 
-    def _value_loss(self, critic: Any, part: Experience) -> tuple[Tensor, PPOLossStats]:
+    def _value_loss(
+        self, critic: Any, part: Experience, output: Tensor | None
+    ) -> tuple[Tensor, PPOLossStats]:
         return ppo_loss(
             part.logprobs,  # a ratio of 1: the policy's loss is constant, but NaN if they are
             part.logprobs,
             part.advantages,
             part.response_mask,
-            values=response_values(critic, part),
+            values=response_values(critic, part) if output is None else output,
             old_values=part.values,
             returns=part.returns,
             config=self.config.loss_config(part.kl_coef),

@@ -1,0 +1,103 @@
+"""A rollout's forward passes of the trained models, kept for the first step of its update.
+
+Old values and old log-probabilities come from the weights that the first step starts with. Where
+all rows are one micro-batch and one optimizer step, that step's forward passes have been done: it
+begins with the backward. Until then they take the memory of their activations; with smaller
+micro-batches nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf.engine import Engine, rank_micro_batches
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.experience import Experience, Sequences
+
+
+@dataclass
+class KeptForward:
+    """One pass over all rows.
+
+    Attributes:
+        engine: Of the model that was run.
+        rows: The rows in the order that they were run in.
+        output: What came out, with its graph: the critic's values [B, T], or the policy's hidden
+            states [B, T, H].
+        inputs: What went in. state: How inputs and weights were then; see ``_state``.
+    """
+
+    engine: Engine
+    rows: list[int]
+    output: Tensor
+    inputs: list[Tensor]
+    state: list[int]
+
+    def holds_for(self, sequences: Sequences) -> bool:
+        """Whether the engine would compute the same for them again."""
+        same = all(a is b for a, b in zip(self.inputs, _inputs(sequences)))
+        return same and self.state == _state(self.engine, self.inputs)
+
+
+class KeptForwards(tuple[KeptForward, ...]):
+    """Those of an experience. A graph cannot be copied or stored: copies have none."""
+
+    def __reduce__(self) -> Any:
+        return KeptForwards, ()
+
+
+def keep_forward(
+    engine: Engine,
+    function: Callable[[Any, Sequences], Tensor],
+    sequences: Sequences,
+    config: PPOConfig,
+) -> KeptForward | None:
+    """``function(model, batch)`` with its graph, or None where it is not the first step's."""
+    rows = _only_part(sequences, config)
+    if rows is None or engine.world.size > 1 or isinstance(engine.module, FSDPModule):
+        return None
+    batch = sequences.micro_batch(rows, sequences.lengths())
+    with torch.enable_grad(), engine.autocast():
+        output = engine.run(lambda model: function(model, batch))
+    inputs = _inputs(sequences)
+    return KeptForward(engine, rows, output, inputs, _state(engine, inputs))
+
+
+def take_kept(experience: Experience, engine: Engine) -> KeptForward | None:
+    """The experience's pass of this engine, if it still holds; it can be gone backward once."""
+    mine = [kept for kept in experience.kept if kept.engine is engine]
+    experience.kept = KeptForwards(kept for kept in experience.kept if kept.engine is not engine)
+    return next((kept for kept in mine if kept.holds_for(experience)), None)
+
+
+def _only_part(sequences: Sequences, config: PPOConfig) -> list[int] | None:
+    """The rows of the only micro-batch of an epoch; None where there are more."""
+    if config.minibatch_size < len(sequences):
+        return None
+    parts = rank_micro_batches(
+        range(len(sequences)),
+        [sum(both) for both in sequences.lengths()],
+        size=config.micro_batch_size,
+        tokens=config.micro_batch_tokens,
+    )
+    return parts[0] if len(parts) == 1 else None
+
+
+def _inputs(sequences: Sequences) -> list[Tensor]:
+    return [
+        sequences.prompt_ids,
+        sequences.prompt_mask,
+        sequences.responses,
+        sequences.response_mask,
+    ]
+
+
+def _state(engine: Engine, inputs: list[Tensor]) -> list[int]:
+    """Counts that grow with every step, and with every change that PyTorch sees."""
+    return [engine.steps_done, *(x._version for x in (*inputs, *engine.model.parameters()))]
