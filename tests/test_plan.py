@@ -15,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from rlhf.cli import main
 from rlhf.engine import Engine, TrainingConfig
+from rlhf.engine.gradient_norm import gradient_norm
 from rlhf.engine.lora import add_lora
 from rlhf.models import scalar_model_from_causal
 from rlhf.plan import (
@@ -60,7 +61,8 @@ def bytes_after_a_step(engine: Engine) -> int:
     """Weights, gradients and optimizer state as the engine holds them."""
     ids = torch.arange(4, 12).unsqueeze(0)
     engine.backward(engine.run(lambda model: model(input_ids=ids).logits.float().sum()))
-    engine._update_weights(engine._gradient_norm(), 0.1)
+    norm = gradient_norm([p.grad for p in engine.parameters if p.grad is not None])
+    engine._update_weights(norm, 0.1)
     state = [v for s in engine.optimizer.state.values() for v in s.values() if v.dim()]
     held = {id(t): t for p in engine.model.parameters() for t in (p, p.grad) if t is not None}
     held |= {id(t): t for p in engine.parameters for t in (p, p.grad) if t is not None}
