@@ -8,6 +8,7 @@ micro-batches nothing is kept.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,20 +30,24 @@ class KeptForward:
         engine: Of the model that was run.
         rows: The rows in the order that they were run in.
         output: What came out, with its graph: the critic's values [B, T], or the policy's hidden
-            states [B, T, H].
+            states [B, T, H]. None when the engine has made a newer one.
         inputs: What went in. state: How inputs and weights were then; see ``_state``.
     """
 
     engine: Engine
     rows: list[int]
-    output: Tensor
+    output: Tensor | None
     inputs: list[Tensor]
     state: list[int]
 
     def holds_for(self, sequences: Sequences) -> bool:
         """Whether the engine would compute the same for them again."""
         same = all(a is b for a, b in zip(self.inputs, _inputs(sequences)))
-        return same and self.state == _state(self.engine, self.inputs)
+        return self.output is not None and same and self.state == _state(self.engine, self.inputs)
+
+
+# One graph an engine: whoever collects experiences shall not collect activations.
+_newest: weakref.WeakKeyDictionary[Engine, weakref.ref[KeptForward]] = weakref.WeakKeyDictionary()
 
 
 class KeptForwards(tuple[KeptForward, ...]):
@@ -62,11 +67,18 @@ def keep_forward(
     rows = _only_part(sequences, config)
     if rows is None or engine.world.size > 1 or isinstance(engine.module, FSDPModule):
         return None
+    if torch.is_inference_mode_enabled():  # where no graph can be had
+        return None
+    earlier = _newest.get(engine, lambda: None)()
+    if earlier is not None:
+        earlier.output = None
     batch = sequences.micro_batch(rows, sequences.lengths())
     with torch.enable_grad(), engine.autocast():
         output = engine.run(lambda model: function(model, batch))
     inputs = _inputs(sequences)
-    return KeptForward(engine, rows, output, inputs, _state(engine, inputs))
+    kept = KeptForward(engine, rows, output, inputs, _state(engine, inputs))
+    _newest[engine] = weakref.ref(kept)
+    return kept
 
 
 def take_kept(experience: Experience, engine: Engine) -> KeptForward | None:

@@ -73,7 +73,8 @@ def _of_critic(kept: KeptForward | None) -> Callable[[Any, Sequences], Tensor]:
     """The values of a batch, those that are kept where there are such."""
 
     def values(critic: Any, batch: Sequences) -> Tensor:
-        return response_values(critic, batch) if kept is None else kept.output
+        found = None if kept is None else kept.output
+        return response_values(critic, batch) if found is None else found
 
     return values
 
@@ -82,7 +83,9 @@ def _of_policy(kept: KeptForward | None, temperature: float) -> Callable[[Any, S
     """Log-probabilities [B, T, 1], with a value head also the values [B, T, 2], of a batch."""
 
     def figures(policy: Any, batch: Sequences) -> Tensor:
-        hidden = response_hidden(policy, batch) if kept is None else kept.output
+        hidden = None if kept is None else kept.output
+        if hidden is None:
+            hidden = response_hidden(policy, batch)
         found = [logprobs_of(policy, hidden, batch, temperature)]
         if shares_trunk(policy):
             found.append(values_of(policy, hidden, batch.response_mask))

@@ -144,3 +144,24 @@ def test_a_copy_has_none(make_trainer: Any) -> None:
     assert copy.deepcopy(experience).kept == ()
     assert pickle.loads(pickle.dumps(experience)).kept == ()
     assert len(experience.kept) == 2
+
+
+def test_inference_mode_keeps_nothing(case: Any) -> None:
+    make, *_ = case
+    trainer = make()
+    with torch.inference_mode():
+        experience = trainer.rollout(trainer.rows[:4])
+    assert experience.kept == ()
+
+
+def test_collected_experiences_keep_one_graph(case: Any, monkeypatch: Any) -> None:
+    make, name, function = case
+    trainer = make(total_updates=3)
+    first, second = (trainer.rollout(trainer.rows[:4]) for _ in range(2))
+    of_first = next(k for k in first.kept if k.engine is trainer.engines[name])
+    assert of_first.output is None
+    seen = passes(function, monkeypatch)
+    trainer.update(first)
+    assert len(seen) == trainer.config.epochs
+    trainer.update(second)  # its weights have changed since
+    assert len(seen) == 2 * trainer.config.epochs
