@@ -46,7 +46,7 @@ part info 30 "$PYTHON" -m rlhf_kernels.info
 part conformance 150 "$PYTHON" -m pytest tests/kernels -q "${parallel[@]}" -k "(cuda or triton) and not compiled"
 part targets 130 "$PYTHON" -m benchmarks.vocabulary --device cuda --output "$OUT/vocabulary-cuda.json"
 part rollout 60 "$PYTHON" -m benchmarks.rollout --device cuda --output "$OUT/rollout-cuda.json"
-part trainer 130 "$PYTHON" -m benchmarks.ppo_trainer --device cuda --turns 1 --cases separate-bfloat16 \
+part trainer 160 "$PYTHON" -m benchmarks.ppo_trainer --device cuda --turns 1 --cases separate-bfloat16 \
     shared-bfloat16 ${MODELS:+--models "$MODELS"} --output "$OUT/ppo_trainer-cuda.json"
 part ppo 60 "$PYTHON" -m pytest tests/ppo -q "${parallel[@]}"
 # It writes what it has after each case.
