@@ -265,7 +265,9 @@ void transpose(uintptr_t from, int64_t rows, int64_t columns, int64_t row_stride
 typedef std::tuple<float, float, float, float, float, float, float, float> AdamwSettingsIn;
 
 double square_sum(uintptr_t data, int type, int64_t count, int threads) {
-  return active.square_sum({pointer<const void>(data), ElementType(type), count, threads});
+  std::vector<double> scratch((count + kSquareSumPiece - 1) / kSquareSumPiece);
+  return active.square_sum(
+      {pointer<const void>(data), ElementType(type), count, scratch.data(), threads});
 }
 
 void adamw_8bit(int64_t size, uintptr_t weights, uintptr_t remainder, uintptr_t gradient,

@@ -137,10 +137,13 @@ struct Transpose {  // of [rows, columns], columns contiguous, to [columns, rows
   int threads;
 };
 
+constexpr int64_t kSquareSumPiece = 65536;  // numbers worth a thread's start
+
 struct SquareSum {  // of numbers without gaps
   const void* data;
   ElementType type;
   int64_t count;
+  double* scratch;  // one for every started piece
   int threads;
 };
 

@@ -1,8 +1,6 @@
 // The sum of squares of a tensor, for the norm of gradients: 16-bit numbers are widened on the way,
 // without a copy, and the sum keeps its digits over any number of them.
 
-#include <vector>
-
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -13,7 +11,7 @@ namespace {
 // Float sums stay short; blocks add up in double, pieces in their order, whatever the threads.
 constexpr int kUnroll = 4;
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kPiece = 65536;  // numbers worth a thread's start
+constexpr int64_t kPiece = kSquareSumPiece;
 
 template <class Type>
 double block_sum(const typename Type::Element* x, int64_t n) {
@@ -37,7 +35,6 @@ template <class Type>
 double square_sum_of(const SquareSum& args) {
   const auto* x = static_cast<const typename Type::Element*>(args.data);
   const int64_t pieces = (args.count + kPiece - 1) / kPiece;
-  std::vector<double> sums(pieces);
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (pieces > 1)
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t end = piece + 1 < pieces ? (piece + 1) * kPiece : args.count;
@@ -45,10 +42,10 @@ double square_sum_of(const SquareSum& args) {
     for (int64_t start = piece * kPiece; start < end; start += kBlock) {
       sum += block_sum<Type>(x + start, end - start < kBlock ? end - start : kBlock);
     }
-    sums[piece] = sum;
+    args.scratch[piece] = sum;
   }
   double total = 0.0;
-  for (double sum : sums) total += sum;
+  for (int64_t piece = 0; piece < pieces; ++piece) total += args.scratch[piece];
   return total;
 }
 
