@@ -36,6 +36,7 @@ CPU_KERNELS = [
     "row_attention_forward",
     "row_attention_backward",
 ]
+CPU_BINDINGS = ["cpu", "cpu_layers", "cpu_instruction_sets"]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]
 # -ffp-contract=fast: a*b+c may become one fused instruction; no other liberty with arithmetic.
 COMMON_FLAGS = shlex.split(
@@ -200,7 +201,7 @@ def binding_flags() -> list[str]:
 
 def cpu_build(target: Path) -> str:
     """Every kernel once per instruction set, the bindings once."""
-    sources = [Source("bindings/cpu.cpp", "bindings", binding_flags())]
+    sources = [Source(f"bindings/{name}.cpp", name, binding_flags()) for name in CPU_BINDINGS]
     for isa, flags in isa_flags().items():
         for kernel in CPU_KERNELS:
             extra = [f"-DRK_ISA={isa}", *flags, *KERNEL_FLAGS.get(kernel, [])]
