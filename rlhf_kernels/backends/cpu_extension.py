@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.backends.missing import why_missing
+
 ISA_VARIABLE = "RLHF_KERNELS_CPU_ISA"
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,7 +27,7 @@ def _load() -> tuple[Any, str | None]:
     try:
         import rlhf_kernels._cpu as found
     except ImportError as error:
-        return None, _why_missing(error)
+        return None, why_missing("_cpu", error)
     requested = os.environ.get(ISA_VARIABLE)
     if requested:
         try:
@@ -33,14 +35,6 @@ def _load() -> tuple[Any, str | None]:
         except ValueError as error:
             return None, f"{ISA_VARIABLE}: {error}"
     return found, None
-
-
-def _why_missing(error: ImportError) -> str:
-    try:
-        from rlhf_kernels._build_info import CPU_MISSING
-    except ImportError:
-        return f"rlhf_kernels._cpu is not built (run `pip install -e .` in the checkout): {error}"
-    return CPU_MISSING or f"rlhf_kernels._cpu cannot be loaded: {error}"
 
 
 extension, _unavailable = _load()

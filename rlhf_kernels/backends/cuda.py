@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_kernels.backends import addresses
 from rlhf_kernels.backends.addresses import address, float_rows, unit_columns, vector
+from rlhf_kernels.backends.missing import why_missing
 from rlhf_kernels.ppo_types import (
     KL_ESTIMATORS,
     MASKED_STEPS,
@@ -36,16 +37,8 @@ def _load() -> tuple[Any, str | None]:
     try:
         import rlhf_kernels._cuda as extension
     except ImportError as error:
-        return None, _why_missing(error)
+        return None, why_missing("_cuda", error)
     return extension, None
-
-
-def _why_missing(error: ImportError) -> str:
-    try:
-        from rlhf_kernels._build_info import CUDA_MISSING
-    except ImportError:
-        return f"rlhf_kernels._cuda is not built (run `pip install -e .` in the checkout): {error}"
-    return CUDA_MISSING or f"rlhf_kernels._cuda cannot be loaded: {error}"
 
 
 _cuda, _unavailable = _load()
