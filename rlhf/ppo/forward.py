@@ -39,16 +39,11 @@ def logprobs_of(model: Any, hidden: Tensor, batch: Sequences, temperature: float
     return linear_token_logprobs(
         hidden,
         weight,
-        response_targets(batch),
+        batch.responses.masked_fill(~batch.response_mask, IGNORED),
         bias=bias,
         temperature=temperature,
         ignore_index=IGNORED,
     )
-
-
-def response_targets(batch: Sequences) -> Tensor:
-    """The tokens to predict, ``IGNORED`` where none is trained."""
-    return batch.responses.masked_fill(~batch.response_mask, IGNORED)
 
 
 def response_values(critic: Any, batch: Sequences) -> Tensor:

@@ -30,7 +30,7 @@ class KeptForward:
         engine: Of the model that was run.
         rows: The rows in the order that they were run in.
         output: What came out, with its graph: the critic's values [B, T], or the policy's hidden
-            states [B, T, H]. None when the engine has made a newer one.
+            states [B, T, H]. None once it was used, or when the engine has made a newer one.
         inputs: What went in. state: How inputs and weights were then; see ``_state``.
     """
 
@@ -44,6 +44,11 @@ class KeptForward:
         """Whether the engine would compute the same for them again."""
         same = all(a is b for a, b in zip(self.inputs, _inputs(sequences)))
         return self.output is not None and same and self.state == _state(self.engine, self.inputs)
+
+    def replay(self, model: Any, batch: Sequences) -> Tensor:
+        """In the place of the function that was run, for the same batch."""
+        assert self.output is not None
+        return self.output
 
 
 # One graph an engine: whoever collects experiences shall not collect activations.
@@ -64,7 +69,8 @@ def keep_forward(
     config: PPOConfig,
 ) -> KeptForward | None:
     """``function(model, batch)`` with its graph, or None where it is not the first step's."""
-    rows = _only_part(sequences, config)
+    lengths = sequences.lengths()
+    rows = _only_part(lengths, config)
     if rows is None or engine.world.size > 1 or isinstance(engine.module, FSDPModule):
         return None
     if torch.is_inference_mode_enabled():  # where no graph can be had
@@ -72,7 +78,7 @@ def keep_forward(
     earlier = _newest.get(engine, lambda: None)()
     if earlier is not None:
         earlier.output = None
-    batch = sequences.micro_batch(rows, sequences.lengths())
+    batch = sequences.micro_batch(rows, lengths)
     with torch.enable_grad(), engine.autocast():
         output = engine.run(lambda model: function(model, batch))
     inputs = _inputs(sequences)
@@ -81,20 +87,27 @@ def keep_forward(
     return kept
 
 
-def take_kept(experience: Experience, engine: Engine) -> KeptForward | None:
-    """The experience's pass of this engine, if it still holds; it can be gone backward once."""
-    mine = [kept for kept in experience.kept if kept.engine is engine]
-    experience.kept = KeptForwards(kept for kept in experience.kept if kept.engine is not engine)
-    return next((kept for kept in mine if kept.holds_for(experience)), None)
+def take_kept(experience: Experience, engine: Engine) -> tuple[list[int], Tensor] | None:
+    """Rows and output of the experience's pass of this engine, if it still holds.
+
+    No one else gets them after that: a graph can be gone backward once.
+    """
+    kept = next((kept for kept in experience.kept if kept.engine is engine), None)
+    if kept is None:
+        return None
+    holds, output = kept.holds_for(experience), kept.output
+    kept.output = None
+    experience.kept = KeptForwards(other for other in experience.kept if other is not kept)
+    return (kept.rows, output) if holds and output is not None else None
 
 
-def _only_part(sequences: Sequences, config: PPOConfig) -> list[int] | None:
+def _only_part(lengths: list[tuple[int, int]], config: PPOConfig) -> list[int] | None:
     """The rows of the only micro-batch of an epoch; None where there are more."""
-    if config.minibatch_size < len(sequences):
+    if config.minibatch_size < len(lengths):
         return None
     parts = rank_micro_batches(
-        range(len(sequences)),
-        [sum(both) for both in sequences.lengths()],
+        range(len(lengths)),
+        [sum(both) for both in lengths],
         size=config.micro_batch_size,
         tokens=config.micro_batch_tokens,
     )

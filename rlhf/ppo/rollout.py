@@ -15,7 +15,7 @@ from rlhf.ppo.estimators import Episodes
 from rlhf.ppo.experience import Experience, Sequences
 from rlhf.ppo.forward import logprobs_of, response_hidden, response_logprobs, response_values
 from rlhf.ppo.generation import Generated
-from rlhf.ppo.kept_forward import KeptForward, KeptForwards, keep_forward
+from rlhf.ppo.kept_forward import KeptForwards, keep_forward
 from rlhf.ppo.models import PPOModels, WithoutAdapters
 from rlhf.ppo.prompts import PromptRow
 from rlhf.ppo.score_shaping import ScoreShaper
@@ -45,12 +45,15 @@ def make_experience(
     ref_logprobs = over_batch(models.reference, logprobs_by)
     # What is trained comes last: nothing else runs while its passes are kept.
     of_policy = keep_forward(models.policy, response_hidden, sequences, config)
-    both = over_batch(models.policy, _of_policy(of_policy, config.temperature))
+    hidden_by = response_hidden if of_policy is None else of_policy.replay
+    both = over_batch(models.policy, partial(_figures, hidden_by, config.temperature))
     logprobs, values = both[..., 0], both[..., 1] if both.shape[-1] > 1 else None
     of_critic = None
     if models.critic is not None:
         of_critic = keep_forward(models.critic, response_values, sequences, config)
-        values = over_batch(models.critic, _of_critic(of_critic))
+        values = over_batch(
+            models.critic, response_values if of_critic is None else of_critic.replay
+        )
     zeros = torch.zeros_like(logprobs)
     return Experience(
         **vars(sequences),
@@ -69,29 +72,15 @@ def make_experience(
     )
 
 
-def _of_critic(kept: KeptForward | None) -> Callable[[Any, Sequences], Tensor]:
-    """The values of a batch, those that are kept where there are such."""
-
-    def values(critic: Any, batch: Sequences) -> Tensor:
-        found = None if kept is None else kept.output
-        return response_values(critic, batch) if found is None else found
-
-    return values
-
-
-def _of_policy(kept: KeptForward | None, temperature: float) -> Callable[[Any, Sequences], Tensor]:
-    """Log-probabilities [B, T, 1], with a value head also the values [B, T, 2], of a batch."""
-
-    def figures(policy: Any, batch: Sequences) -> Tensor:
-        hidden = None if kept is None else kept.output
-        if hidden is None:
-            hidden = response_hidden(policy, batch)
-        found = [logprobs_of(policy, hidden, batch, temperature)]
-        if shares_trunk(policy):
-            found.append(values_of(policy, hidden, batch.response_mask))
-        return torch.stack(found, dim=-1)
-
-    return figures
+def _figures(
+    hidden_by: Callable[[Any, Sequences], Tensor], temperature: float, policy: Any, batch: Sequences
+) -> Tensor:
+    """Log-probabilities [B, T, 1] of a batch, with a value head also the values [B, T, 2]."""
+    hidden = hidden_by(policy, batch)
+    found = [logprobs_of(policy, hidden, batch, temperature)]
+    if shares_trunk(policy):
+        found.append(values_of(policy, hidden, batch.response_mask))
+    return torch.stack(found, dim=-1)
 
 
 def batched(

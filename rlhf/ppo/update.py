@@ -49,8 +49,8 @@ def run_epochs(
             for name in step.order:
                 kept = take_kept(experience, step.model(name))
                 if kept is not None:
-                    whole = experience.micro_batch(kept.rows, lengths)
-                    step.accumulate(name, whole, output=kept.output)
+                    whole = experience.micro_batch(kept[0], lengths)
+                    step.accumulate(name, whole, output=kept[1])
                 else:
                     for part, last in my_micro_batches(experience, rows, lengths, config, world):
                         step.accumulate(name, part, last=last)
