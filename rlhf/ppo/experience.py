@@ -121,3 +121,18 @@ class Experience(Sequences):
     score_parts: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     kept: Sequence[KeptForward] = field(default=(), repr=False)
+
+    def check_shapes(self) -> None:
+        """Raise ValueError, naming the field, where a tensor does not fit the masks."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, Tensor):
+                continue
+            of_prompts = each.name.startswith("prompt_")
+            mask = self.prompt_mask if of_prompts else self.response_mask
+            expected = mask.shape if value.dim() > 1 else mask.shape[:1]
+            if value.shape != expected:
+                raise ValueError(
+                    f"{each.name} of the experience has shape {tuple(value.shape)}; expected "
+                    f"{tuple(expected)}, to fit {'prompt_mask' if of_prompts else 'response_mask'}"
+                )

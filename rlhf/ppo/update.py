@@ -35,6 +35,7 @@ def run_epochs(
 
     A step beyond ``config.max_approx_kl`` is the last one; schedules go on as if all were taken.
     """
+    experience.check_shapes()  # a user may have changed it
     world, stats = models.policy.world, UpdateStats(models.policy.device)
     steps = list(minibatches(len(experience), config, seed))
     engines = {

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import EPS, backends_for, normal, on_cpu, within
+from torch.autograd import forward_ad
 
 from rlhf_kernels.backends import UnsupportedOperationError
 from rlhf_kernels.ops.rms_norm import rms_norm
@@ -452,3 +453,13 @@ def test_rotary_for_any_number_of_threads(backend):
         return [out, *torch.autograd.grad(out.square().sum(), x)]
 
     check_threads(backend, compute)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_is_refused_not_ignored(backend: str, gradients: bool) -> None:
+    """PyTorch's error, also where the operator is called without its autograd function."""
+    x, tangent = normal(2, 8, seed=1), normal(2, 8, seed=2)
+    with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        dual = forward_ad.make_dual(x, tangent)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            rms_norm(dual, torch.ones(8), backend=backend)

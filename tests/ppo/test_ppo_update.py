@@ -214,3 +214,17 @@ def test_statistics_are_means_over_all_tokens_of_all_steps(make_trainer: Any) ->
     assert figures[0]["clip_fraction"] > 0.1
     for name, value in figures[0].items():
         assert value == pytest.approx(figures[1][name], rel=2e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize("name", ["responses", "advantages", "values", "prompt_ids", "ended"])
+def test_a_changed_experience_that_does_not_fit_is_named(make_trainer: Any, name: str) -> None:
+    trainer = make_trainer()
+    experience = trainer.rollout(trainer.rows)
+    setattr(experience, name, getattr(experience, name)[:-1])
+    weights = [p.detach().clone() for p in trainer.policy.parameters()]
+    with pytest.raises(
+        ValueError, match=rf"{name} of the experience has shape \(5,.*expected \(6,"
+    ):
+        trainer.update(experience)
+    assert all(map(torch.equal, weights, trainer.policy.parameters()))
+    assert trainer.updates_done == 0
