@@ -151,6 +151,8 @@ def test_any_engine_can_sample_and_its_ids_are_kept_as_they_are() -> None:
         ([[5], [6], [7], [8] * 9], "max_new_tokens=8; response 3 has 9"),
         ([[5], ["6"], [7], [8]], "response 1 is"),
         (["5", "6", "7", "8"], "response 0 is 5"),
+        ([[5], [6], [7, 128], [8]], "0 to 127; response 2 has 128"),
+        ([[5, -1], [6], [7], [8]], "0 to 127; response 0 has -1"),
     ],
 )
 def test_what_an_engine_must_return_is_checked(returned: Any, message: str) -> None:

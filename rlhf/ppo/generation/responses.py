@@ -139,7 +139,8 @@ def generate(
     sampled = sample(
         policy, tokenizer, rows, settings, ending=ending, seed=seed, row_numbers=numbers
     )
-    check_responses(sampled, len(rows), settings.max_new_tokens)
+    vocabulary = policy.get_input_embeddings().weight.shape[0]
+    check_responses(sampled, len(rows), settings.max_new_tokens, vocabulary)
     cut = [ending.cut(list(response)) for response in sampled]
     ids, mask = pad_left(rows, pad_id)
     responses, response_mask = pad_right([response for response, _ in cut], pad_id)
@@ -153,7 +154,7 @@ def generate(
     )
 
 
-def check_responses(sampled: Any, rows: int, max_new_tokens: int) -> None:
+def check_responses(sampled: Any, rows: int, max_new_tokens: int, vocabulary: int) -> None:
     """Raise ValueError unless a sampler returned ids of a response for every prompt."""
     wanted = f"a sampler must return a list of {rows} responses, each a list of token ids"
     if not isinstance(sampled, Sequence) or len(sampled) != rows:
@@ -166,4 +167,10 @@ def check_responses(sampled: Any, rows: int, max_new_tokens: int) -> None:
             raise ValueError(
                 f"{wanted}, at least one and at most max_new_tokens={max_new_tokens}; "
                 f"response {row} has {len(response)}"
+            )
+        unknown = [i for i in response if not 0 <= i < vocabulary]
+        if unknown:
+            raise ValueError(
+                f"{wanted} of the policy's vocabulary, 0 to {vocabulary - 1}; response {row} has "
+                f"{unknown[0]}"
             )
