@@ -158,10 +158,11 @@ class Resumable(ABC):
 
     def _kept(self, error: Exception) -> Exception:
         """The same error, which says that what was trained until then is kept."""
+        what = f"{error}".removesuffix(".")
         try:
-            return type(error)(f"{error} Step {self.step} is {self._saved()}")
+            return type(error)(f"{what}. Step {self.step} is {self._saved()}")
         except OutputError as failure:
-            return type(error)(f"{error} Besides: {failure}")
+            return type(error)(f"{what}. Besides: {failure}")
 
     def _saved(self) -> str:
         """Have a checkpoint of the present step; where it is and how to go on."""

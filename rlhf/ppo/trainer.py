@@ -235,14 +235,16 @@ class PPOTrainer(Resumable):
         """After an update: log it, show samples, evaluate; returns what was evaluated."""
         config, number, found = self.config, self.updates_done, {}
         self._call("on_update", metrics)
-        if config.eval_every and self.eval_rows and self._is_due(config.eval_every):
-            found = self.evaluate()
-            self._eval_score = found["eval_score"]
-            self._call("on_evaluate", found)
-        if self._is_due(config.log_every):
-            trackers.log({**metrics, **found}, number)
-        elif found:
-            trackers.log(found, number)
+        try:
+            if config.eval_every and self.eval_rows and self._is_due(config.eval_every):
+                found = self.evaluate()
+                self._eval_score = found["eval_score"]
+                self._call("on_evaluate", found)
+        finally:  # the update is done, whatever the reward makes of an evaluation
+            if self._is_due(config.log_every):
+                trackers.log({**metrics, **found}, number)
+            elif found:
+                trackers.log(found, number)
         if config.samples_every and self._is_due(config.samples_every) and self.world.is_main:
             trackers.log_samples(samples_of(experience, config.samples_count), number)
         return found

@@ -16,7 +16,7 @@ from rich.console import Console
 from rlhf.data import DataError
 from rlhf.engine import Interrupted, Trackers
 from rlhf.engine.progress import ProgressBar, ProgressLines, describe
-from rlhf.ppo import Callback, PPOTrainer
+from rlhf.ppo import Callback, PPOTrainer, RewardError
 
 EVAL = ["w1 w2", "w3", "w4 w5 w6"]
 TIMES = ("time", "seconds/", "tokens_per_second")
@@ -64,6 +64,28 @@ def test_evaluation_changes_nothing_of_the_training(make_trainer: Any, tmp_path:
     assert [line["step"] for line in found] == [2, 3]
     names = {"eval_score", "eval_kl", "eval_response_length", "eval_eos_rate"}
     assert names <= metrics.keys() and names <= found[0].keys()
+
+
+def test_a_reward_that_fails_in_an_evaluation_takes_no_figures_along(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    """The update before it is done and in the checkpoint, so it is logged too."""
+
+    def failing(prompts: list[Any], responses: list[str]) -> list[float]:
+        if trainer.step == 2 and prompts[0] == EVAL[0]:
+            raise KeyError("lexicon")
+        return [float(len(text)) for text in responses]
+
+    trainer = trainer_with(
+        make_trainer,
+        **{"total_updates": 3, "trackers": ["jsonl"], "reward": failing},
+        eval_prompts=EVAL,
+        eval_every=2,
+    )
+    with pytest.raises(RewardError, match=r"'lexicon'.*Step 2 is saved to"):
+        trainer.train()
+    assert [line["step"] for line in lines(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2]
+
 
 
 def test_evaluation_draws_the_same_each_time_and_greedy_draws_nothing(make_trainer: Any) -> None:
