@@ -87,7 +87,6 @@ def test_a_reward_that_fails_in_an_evaluation_takes_no_figures_along(
     assert [line["step"] for line in lines(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2]
 
 
-
 def test_evaluation_draws_the_same_each_time_and_greedy_draws_nothing(make_trainer: Any) -> None:
     sampled = trainer_with(make_trainer, eval_prompts=EVAL)
     assert sampled.evaluate() == sampled.evaluate()
