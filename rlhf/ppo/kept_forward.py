@@ -31,19 +31,20 @@ class KeptForward:
         rows: The rows in the order that they were run in.
         output: What came out, with its graph: the critic's values [B, T], or the policy's hidden
             states [B, T, H]. None once it was used, or when the engine has made a newer one.
-        inputs: What went in. state: How inputs and weights were then; see ``_state``.
+        inputs: Copies of what went in. weights: How they were then; see ``_weights``.
     """
 
     engine: Engine
     rows: list[int]
     output: Tensor | None
     inputs: list[Tensor]
-    state: list[int]
+    weights: Tensor
 
     def holds_for(self, sequences: Sequences) -> bool:
         """Whether the engine would compute the same for them again."""
-        same = all(a is b for a, b in zip(self.inputs, _inputs(sequences)))
-        return self.output is not None and same and self.state == _state(self.engine, self.inputs)
+        if self.output is None or not torch.equal(self.weights, _weights(self.engine)):
+            return False
+        return all(map(torch.equal, self.inputs, _inputs(sequences)))
 
     def replay(self, model: Any, batch: Sequences) -> Tensor:
         """In the place of the function that was run, for the same batch."""
@@ -81,8 +82,8 @@ def keep_forward(
     batch = sequences.micro_batch(rows, lengths)
     with torch.enable_grad(), engine.autocast():
         output = engine.run(lambda model: function(model, batch))
-    inputs = _inputs(sequences)
-    kept = KeptForward(engine, rows, output, inputs, _state(engine, inputs))
+    inputs = [each.clone() for each in _inputs(sequences)]
+    kept = KeptForward(engine, rows, output, inputs, _weights(engine))
     _newest[engine] = weakref.ref(kept)
     return kept
 
@@ -123,6 +124,23 @@ def _inputs(sequences: Sequences) -> list[Tensor]:
     ]
 
 
-def _state(engine: Engine, inputs: list[Tensor]) -> list[int]:
-    """Counts that grow with every step, and with every change that PyTorch sees."""
-    return [engine.steps_done, *(x._version for x in (*inputs, *engine.model.parameters()))]
+def _weights(engine: Engine) -> Tensor:
+    """int64: steps done; of each weight the changes that PyTorch counts, and the sum of its bits.
+
+    It does not count those behind autograd's back, through ``.data`` or NumPy.
+    """
+    tensors = [*engine.model.parameters(), *engine.model.buffers()]
+    counts = torch.tensor([engine.steps_done, *(each._version for each in tensors)])
+    return torch.cat([counts, torch.stack([sum_of_bits(each.detach()) for each in tensors]).cpu()])
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """int64 [], modulo 2^64; eight bytes at a time where possible, which is several times as fast.
+
+    Sums of integers are exact: they do not depend on the order, and so not on threads.
+    """
+    size = tensor.element_size()
+    aligned = (tensor.numel() * size) % 8 == 0 and (tensor.storage_offset() * size) % 8 == 0
+    if tensor.is_contiguous() and aligned:
+        return tensor.flatten().view(torch.int64).sum()
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).sum()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 import rlhf.ppo.update as update_module
 from rlhf.ppo import Experience, PPOTrainer
+from rlhf.ppo.kept_forward import sum_of_bits
 
 WHOLE = {"minibatch_size": 8, "micro_batch_size": 8}
 TRUNKS = {
@@ -92,6 +95,11 @@ def test_old_figures_are_the_first_steps_to_the_bit(case: Any) -> None:
 
 def replace_responses(experience: Experience, trainer: PPOTrainer) -> None:
     experience.responses = experience.responses.clone()
+    experience.responses[0, 0] = 7
+
+
+def change_by_numpy(experience: Experience, trainer: PPOTrainer) -> None:
+    experience.responses.numpy()[0, 0] = 7
 
 
 def change_mask(experience: Experience, trainer: PPOTrainer) -> None:
@@ -107,7 +115,30 @@ def load_weights(experience: Experience, trainer: PPOTrainer) -> None:
         engine.model.load_state_dict(engine.model.state_dict())
 
 
-@pytest.mark.parametrize("change", [replace_responses, change_mask, step_in_between, load_weights])
+def change_data(experience: Experience, trainer: PPOTrainer) -> None:
+    """As in moving averages of weights. PyTorch does not count it as a change."""
+    for engine in trainer.engines.values():
+        next(iter(engine.model.parameters())).data.mul_(1.01)
+
+
+def set_data(experience: Experience, trainer: PPOTrainer) -> None:
+    for engine in trainer.engines.values():
+        norm = next(p for p in engine.model.parameters() if p.dim() == 1)
+        norm.data = norm.data * 1.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_responses,
+        change_by_numpy,
+        change_mask,
+        step_in_between,
+        load_weights,
+        change_data,
+        set_data,
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_it_is_dropped_where_it_would_not_be_the_same(
     case: Any, change: Callable[..., None], optimizer: str, monkeypatch: Any
@@ -167,6 +198,27 @@ def test_collected_experiences_keep_one_graph(case: Any, monkeypatch: Any) -> No
     assert len(seen) == trainer.config.epochs
     trainer.update(second)  # its weights have changed since
     assert len(seen) == 2 * trainer.config.epochs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+@pytest.mark.parametrize("shape", [(4, 6), (3, 5), (7,), ()])
+@pytest.mark.parametrize("layout", ["whole", "strided", "offset"])
+def test_the_sum_of_bits_sees_the_last_bit_of_any_number(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> None:
+    x = (torch.arange(math.prod(shape)).reshape(shape) % 3).to(dtype)
+    if layout == "strided":
+        x = torch.stack([x, x], dim=-1)[..., 0]
+    if layout == "offset":
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)
+    before = sum_of_bits(x)
+    assert before.dtype == torch.int64 and before.shape == ()
+    bits = x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    for place in itertools.product(*map(range, shape)):
+        bits[place] ^= 1
+        assert sum_of_bits(x) != before
+        bits[place] ^= 1
+        assert sum_of_bits(x) == before
 
 
 def test_a_graph_is_gone_backward_once(case: Any, monkeypatch: Any) -> None:
