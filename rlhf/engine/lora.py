@@ -77,9 +77,12 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
         if f"{name}.lora_A.{ADAPTER}.weight" in weights:
             down = weights[f"{name}.lora_A.{ADAPTER}.weight"].float()
             up = weights[f"{name}.lora_B.{ADAPTER}.weight"].float()
-            scaling: Any = layer.scaling
+            adapted: Any = layer
+            product = adapted.scaling[ADAPTER] * up @ down
+            if adapted.fan_in_fan_out:  # a Conv1D of GPT-2, whose weight is [in, out]
+                product = product.T
             base = merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = base + (scaling[ADAPTER] * up @ down).to(base.dtype)
+            merged[f"{name}.weight"] = base + product.to(base.dtype)
     return merged
 
 

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import make_policy
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from rlhf import RewardModel
 from rlhf.models import ModelError, scalar_model_from_causal, token_scores
@@ -102,6 +107,41 @@ def test_a_policy_with_adapters_is_saved_with_them_merged_in(
     torch.testing.assert_close(logprobs, experience.logprobs, **CLOSE)
     torch.testing.assert_close(values, experience.values, **CLOSE)
     assert policy.generation_config.eos_token_id == trainer.policy.generation_config.eos_token_id
+
+
+def tiny_gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"critic_lora_rank": 2}, {"critic_choice": "shared"}],
+    ids=["policy", "both", "shared"],
+)
+@pytest.mark.parametrize("make_model", [tiny_gpt2, make_policy], ids=["gpt2", "llama"])
+def test_what_is_saved_computes_what_the_adapters_did(
+    make_trainer: Any, tmp_path: Path, make_model: Any, settings: dict[str, Any]
+) -> None:
+    """GPT-2's layers are Conv1D, whose weights lie transposed; its attn.c_proj is square."""
+    trainer = make_trainer(policy=make_model(), lora_rank=3, **settings)
+    with torch.no_grad():
+        for engine in trainer.engines.values():
+            for weight in engine.parameters:
+                if not weight.any():  # adapters and value heads begin as nothing
+                    weight.normal_(std=0.1)
+    trainer.save()
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ppo" / "critic")
+    experience = trainer.rollout(trainer.rows)
+    assert (experience.logprobs - experience.ref_logprobs).abs().max() > 1e-2
+    assert experience.values.abs().max() > 1e-2
+    with torch.no_grad():
+        logprobs = response_logprobs(policy, experience, 1.0)
+        values = response_values(critic, experience)
+    torch.testing.assert_close(logprobs, experience.logprobs, **CLOSE)
+    torch.testing.assert_close(values, experience.values, **CLOSE)
 
 
 def test_a_reference_that_is_given_is_used_with_adapters_too(make_trainer: Any) -> None:
