@@ -73,6 +73,8 @@ class Sequences:
         def pick(name: str, value: Any) -> Any:
             if isinstance(value, list):
                 return [value[row] for row in rows]
+            if isinstance(value, dict):
+                return {key: pick(name, part) for key, part in value.items()}
             if not isinstance(value, Tensor):
                 return value
             if value.dim() == 1:

@@ -308,7 +308,7 @@ class PPOTrainer(Resumable):
                 self.config,
             )
             self.estimate_advantages(experience)
-        experience.score_parts = parts
+        experience.score_parts = {name: part.to(self.device) for name, part in parts.items()}
         experience.seconds = clock.seconds
         return experience
 

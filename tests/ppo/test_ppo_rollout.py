@@ -145,7 +145,9 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_valid_tokens() -> N
 
 def test_selecting_rows_keeps_every_field_in_step() -> None:
     made = experience()
+    made.score_parts = {"length": torch.tensor([3.0, 4.0])}
     picked = made.select([1])
+    assert picked.score_parts["length"].tolist() == [4.0]
     for field in dataclasses.fields(Experience):
         value, whole = getattr(picked, field.name), getattr(made, field.name)
         if torch.is_tensor(whole):
