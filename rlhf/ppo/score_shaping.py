@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf.ppo.estimators import EPS
+
 if TYPE_CHECKING:
     from rlhf.ppo.config import PPOConfig
-
-EPS = 1e-8  # added to variances, as rlhf_kernels does
 
 
 @dataclass(frozen=True)
