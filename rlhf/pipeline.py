@@ -183,6 +183,8 @@ class RLHFPipeline:
         )
 
     def _check_sft(self) -> None:
+        check_config(self.config.sft, SFTConfig, "the stage sft")
+
         def encode(rows: list[Demonstration], source: str) -> None:
             _, chat_format, model = self._base()
             limit = length_limit(model, self.config.sft.max_length)
@@ -191,6 +193,8 @@ class RLHFPipeline:
         self._check(read_demonstrations, encode, "sft_data", "sft_eval_data")
 
     def _check_reward(self) -> None:
+        check_config(self.config.reward, RewardConfig, "the stage reward")
+
         def encode(pairs: list[PreferencePair], source: str) -> None:
             tokenizer, chat_format, model = self._base()
             check_padding(tokenizer)
@@ -199,6 +203,8 @@ class RLHFPipeline:
         self._check(read_pairs, encode, "preference_data", "preference_eval_data")
 
     def _check_ppo(self) -> None:
+        check_config(self.config.ppo, PPOConfig, "the stage ppo")
+
         def encode(rows: list[PromptRow], source: str) -> None:
             _, chat_format, model = self._base()
             room: dict[str, Any] = {

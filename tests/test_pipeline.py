@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,17 @@ def test_the_model_is_looked_at_before_the_first_stage(
         with pytest.raises(ModelError, match=message):
             RLHFPipeline(config).run()
         assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_missing_tracker_is_said_before_the_first_stage(
+    finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = make_config(finished[0], output_dir=str(tmp_path / "run"))
+    config.ppo.trackers = ["wandb"]
+    with pytest.raises(ImportError, match="pip install wandb"):
+        RLHFPipeline(config).run()
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_describe_says_what_is_done(finished: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 TRACKERS = ("jsonl", "tensorboard", "progress")  # unless others are named
 ALL_TRACKERS = (*TRACKERS, "wandb")
+WANDB_MISSING = "the tracker wandb needs the package of that name: pip install wandb"
 MAX_SEED = 2**63 - 1  # what PyTorch's generators take
 
 
@@ -62,12 +64,19 @@ def check_choice(config: Any, name: str, choices: Iterable[Any]) -> None:
 
 
 def check_config(config: Any, config_class: type, user: str) -> None:
-    """Raise TypeError unless ``user`` was given its own kind of config."""
+    """Check that ``user`` can train with a config, before it touches anything.
+
+    Raises:
+        TypeError: It is another trainer's.
+        ImportError: A tracker's package is not installed.
+    """
     if not isinstance(config, config_class):
         raise TypeError(
             f"{user} takes a {config_class.__name__} as its config, and was given a "
             f"{type(config).__name__}"
         )
+    if "wandb" in getattr(config, "trackers", ()) and find_spec("wandb") is None:
+        raise ImportError(WANDB_MISSING)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from rlhf.engine.config import ALL_TRACKERS
+from rlhf.engine.config import ALL_TRACKERS, WANDB_MISSING
 from rlhf.engine.engine import NonFiniteError
 from rlhf.engine.progress import KEY_FIGURES, ProgressBar, ProgressLines
 from rlhf.files import write_text
@@ -61,12 +61,12 @@ class Trackers:
             raise ValueError(f"unknown trackers {sorted(unknown)}; there are {there_are}")
         folder = Path(output_dir)
         self._trackers: list[Tracker] = []
+        if "wandb" in names:  # first: if it cannot begin, an earlier run's files stay
+            self._trackers.append(WandbTracker(folder, title))
         if "jsonl" in names:
             self._trackers.append(JsonlTracker(folder, resumed_at))
         if "tensorboard" in names:
             self._trackers.append(TensorBoardTracker(folder / "tb", resumed_at))
-        if "wandb" in names:
-            self._trackers.append(WandbTracker(folder, title))
         if "progress" in names:
             console = Console(stderr=True)
             kind = ProgressBar if console.is_terminal else ProgressLines
@@ -180,9 +180,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(
-                "the tracker wandb needs the package of that name: pip install wandb"
-            ) from error
+            raise ImportError(WANDB_MISSING) from error
         self._wandb: Any = wandb
         # The folder's name as the run's, so that a resumed training goes on with the same one.
         self._run: Any = wandb.init(dir=str(folder), name=f"{title} {folder.name}", resume="allow")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from small_trainings import TRAININGS
 
 from rlhf.data import DataError
 from rlhf.engine import Interrupted, Trackers
@@ -254,3 +255,33 @@ def test_wandb_that_is_not_installed_is_said_so(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
         Trackers(["wandb"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_tracker_that_is_missing_costs_nothing_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    TRAININGS[name](tmp_path).train()
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    with pytest.raises(ImportError, match="pip install wandb"):
+        TRAININGS[name](tmp_path, trackers=["jsonl", "wandb"]).train()
+    assert files() == before
+
+
+def test_a_tracker_that_cannot_begin_leaves_the_figures_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: Any) -> None:
+        raise ConnectionError("no API key")
+
+    with Trackers(["jsonl"], tmp_path) as trackers:
+        trackers.log({"score": 1.0}, 3)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    with pytest.raises(ConnectionError):
+        Trackers(["jsonl", "wandb"], tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text()
