@@ -400,6 +400,21 @@ def test_a_metric_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_a_metric_that_is_not_a_number_is_left_out_where_a_step_was_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = {"return_mean": math.inf, "score": 0.5, "critic_skipped_step": 1.0}
+    with Trackers(["jsonl"], tmp_path) as trackers:
+        trackers.log(figures, 4)
+        with pytest.raises(NonFiniteError, match="'eval_kl' is nan at step 5"):
+            trackers.log({**figures, "eval_kl": math.nan}, 5)
+        with pytest.raises(NonFiniteError, match="'return_mean' is inf at step 6"):
+            trackers.log({**figures, "critic_skipped_step": 0.0}, 6)
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert {*record} == {"step", "time", "score", "critic_skipped_step"}
+    assert "step 4: return_mean (inf) cannot be logged" in caplog.text
+
+
 def test_unknown_tracker(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mlflow"):
         Trackers(["mlflow"], tmp_path)

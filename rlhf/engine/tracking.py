@@ -20,6 +20,9 @@ from rlhf.files import write_text
 
 logger = logging.getLogger(__name__)
 
+# Metrics that count the steps of an update that were skipped.
+SKIPPED = ("skipped_step", "critic_skipped_step")
+
 Sample = dict[str, Any]  # prompt and response as texts, numbers beside them
 
 
@@ -75,13 +78,26 @@ class Trackers:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record the metrics of a step.
 
+        What made an optimizer step be skipped shows in metrics of the same batch too: where
+        ``metrics`` say that one was, those that are NaN or infinite are left out, with a warning.
+
         Raises:
-            NonFiniteError: A metric is NaN or infinite; the message names it.
+            NonFiniteError: A metric is NaN or infinite though no step was skipped, or one of an
+                evaluation is; the message names it.
         """
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"metric {name!r} is {value} at step {step}")
-        self._each(lambda tracker: tracker.log(metrics, step))
+        skipped = any(metrics.get(name) for name in SKIPPED)
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        for name, value in bad.items():
+            if not skipped or name.startswith("eval_"):
+                raise NonFiniteError(
+                    f"metric {name!r} is {value} at step {step}, though no optimizer step was "
+                    "skipped for it. Look at the data and the models."
+                )
+        if bad:
+            listed = " and ".join(f"{name} ({value})" for name, value in bad.items())
+            logger.warning("step %d: %s cannot be logged; a step was skipped", step, listed)
+        finite = {name: value for name, value in metrics.items() if name not in bad}
+        self._each(lambda tracker: tracker.log(finite, step))
 
     def log_samples(self, samples: list[Sample], step: int) -> None:
         """Show some prompts with their responses and numbers."""

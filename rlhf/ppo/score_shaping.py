@@ -98,9 +98,12 @@ class ScoreShaper:
         return shaped - config.length_penalty * lengths.float()
 
     def remember(self, scores: Tensor) -> None:
-        """Count the scores of a batch that was trained on among those so far."""
+        """Count the scores of a batch that was trained on among those so far.
+
+        One that is NaN or infinite is not: its steps were skipped, and no later one's shall be.
+        """
         if self.config.score_normalization == "running":
-            self.moments = self.moments.including(scores)
+            self.moments = self.moments.including(scores[scores.isfinite()])
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self.moments).copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -340,7 +341,7 @@ class PPOTrainer(Resumable):
         self.updates_done += 1
         metrics = self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
         self.score_shaper.remember(experience.scores)
-        if train_policy:  # before that there is no divergence to control
+        if train_policy and math.isfinite(metrics["kl"]):  # before that there is none to control
             self.kl_control.update(metrics["kl"], len(experience))
         return metrics
 

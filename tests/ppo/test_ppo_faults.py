@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -205,6 +206,36 @@ def test_a_training_stops_after_so_many_bad_steps_and_its_checkpoint_is_good(
     assert resumed.resume().name == "step-00000002"
     resumed.train()
     assert same(weights(whole.policy), resumed.policy)
+
+
+def test_an_absurd_score_costs_its_update_and_not_the_training(
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its square overflows: figures of the returns are no numbers in the update that it spoils."""
+    calls: list[int] = []
+
+    def absurd(prompts: list[Any], responses: list[str]) -> list[float]:
+        calls.append(1)
+        scores = score(prompts, responses)
+        return [1e30, *scores[1:]] if len(calls) == 2 else scores
+
+    trainer = make_trainer(reward=absurd, total_updates=3, max_skipped_steps=5, trackers=["jsonl"])
+    assert trainer.train()["skipped_step"] == 0
+    lines = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").open()]
+    assert [line["skipped_step"] > 0 for line in lines] == [False, True, False]
+    assert ["explained_variance" in line for line in lines] == [True, False, True]
+    assert "step 2: explained_variance (nan) cannot be logged" in caplog.text
+
+
+def test_a_divergence_that_is_no_number_leaves_its_control_alone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(kl_target=0.1, epochs=1)
+    experience = trainer.rollout(next(trainer.prompts))
+    experience.ref_logprobs[0, 0] = math.nan
+    trainer.estimate_advantages(experience)
+    before = trainer.kl_control.coef
+    metrics = trainer.update(experience)
+    assert math.isnan(metrics["kl"]) and metrics["skipped_step"] > 0
+    assert trainer.kl_control.coef == before
 
 
 # Disks that are full.

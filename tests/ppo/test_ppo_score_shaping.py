@@ -50,6 +50,13 @@ def test_the_order_of_the_steps() -> None:
     assert found == pytest.approx([first - 0.2, -3.0 - 0.3, third - 0.1, 1.0 - 0.4], rel=1e-6)
 
 
+def test_a_score_that_is_no_number_is_not_remembered() -> None:
+    shaper, expected = (ScoreShaper(PPOConfig(score_normalization="running")) for _ in range(2))
+    expected.remember(torch.tensor([1.0, 4.0]))
+    shaper.remember(torch.tensor([1.0, torch.nan, 4.0, torch.inf]))
+    assert shaper.state_dict() == expected.state_dict()
+
+
 def test_moments_in_parts_are_those_of_the_whole() -> None:
     generator = random.Random(0)
     numbers = [1000.0 + generator.gauss(0, 0.1) for _ in range(60)]
