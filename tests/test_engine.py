@@ -24,6 +24,7 @@ from rlhf.engine import (
     Engine,
     NonFiniteError,
     OutputError,
+    SkippedStepsError,
     Trackers,
     TrainingConfig,
     World,
@@ -168,12 +169,12 @@ def test_a_bad_loss_skips_the_step_and_is_named(
 
     assert step(bad) == 1.0
     assert torch.equal(layer.weight, before)
-    assert "the policy, optimizer step 1: the policy loss became NaN or infinite" in caplog.text
+    assert "the policy, optimizer step 1: skipped, since the policy loss became NaN" in caplog.text
     assert "value loss" not in caplog.text
     assert step(1.0) == 0.0  # nothing of the bad loss is left
     assert torch.isfinite(layer.weight).all() and not torch.equal(layer.weight, before)
     step(bad)
-    with pytest.raises(NonFiniteError, match=r"policy loss became .* \(2 in a row\)"):
+    with pytest.raises(SkippedStepsError, match=r"policy loss became .* \(2 in a row\)"):
         step(bad)
 
 
@@ -192,13 +193,14 @@ def test_a_bad_gradient_skips_the_step_and_the_third_in_a_row_raises(
     for _ in range(2):
         assert step(math.nan) == {"grad_norm": 0.0, "learning_rate": 0.1, "skipped_step": 1.0}
     assert torch.equal(layer.weight, before)
-    assert "the step is skipped and the weights are left as they are (2 in a row)" in caplog.text
+    assert "skipped, since the gradient norm is nan; the weights are left as" in caplog.text
+    assert "(2 in a row)" in caplog.text
     assert step(1.0)["skipped_step"] == 0.0  # a good step in between starts the count anew
     assert not torch.equal(layer.weight, before)
     after = layer.weight.detach().clone()
     step(math.inf)
     step(math.inf)
-    with pytest.raises(NonFiniteError, match="3 in a row"):
+    with pytest.raises(SkippedStepsError, match="3 in a row"):
         step(math.inf)
     assert torch.equal(layer.weight, after)
     assert engine.steps_done == 5

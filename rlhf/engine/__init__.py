@@ -9,7 +9,7 @@ from __future__ import annotations
 from rlhf.engine.batching import epoch_order, micro_batches, rank_micro_batches
 from rlhf.engine.checkpoint import CheckpointError, Checkpoints
 from rlhf.engine.config import MAX_SEED, TrainingConfig, check_choice, check_config, check_number
-from rlhf.engine.engine import Engine, NonFiniteError, discarding_on_error
+from rlhf.engine.engine import Engine, NonFiniteError, SkippedStepsError, discarding_on_error
 from rlhf.engine.frozen import Frozen
 from rlhf.engine.interruption import Interrupted
 from rlhf.engine.precision import resolve_dtype
@@ -36,6 +36,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "Resumable",
+    "SkippedStepsError",
     "Trackers",
     "TrainingConfig",
     "World",

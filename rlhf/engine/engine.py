@@ -37,6 +37,10 @@ class NonFiniteError(RuntimeError):
     """A loss, a gradient or a metric became NaN or infinite."""
 
 
+class SkippedStepsError(NonFiniteError):
+    """Too many optimizer steps in a row had to be skipped. None of them has changed a weight."""
+
+
 class Engine:
     """Trains one model: ``backward`` as often as there are micro-batches, then ``step``.
 
@@ -160,7 +164,7 @@ class Engine:
             (``grad_norm`` is then 0, what was applied).
 
         Raises:
-            NonFiniteError: ``config.max_skipped_steps`` steps in a row had to be skipped.
+            SkippedStepsError: ``config.max_skipped_steps`` steps in a row had to be skipped.
         """
         norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm, bad_terms = self._on_host(norm)
@@ -246,23 +250,29 @@ class Engine:
             parts = [name for name in bad_terms if name != "loss"] or ["loss"]
             what = f"{' and the '.join(parts)} became NaN or infinite"
         message = (
-            f"{self.name}, optimizer step {self.steps_done + 1}: the {what}; the step is skipped "
-            f"and the weights are left as they are ({self.skipped_in_a_row} in a row)"
+            f"{self.name}, optimizer step {self.steps_done + 1}: skipped, since the {what}; the "
+            f"weights are left as they are ({self.skipped_in_a_row} in a row)"
         )
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             self.discard()
-            raise NonFiniteError(
-                f"{message}. Look at the data of this step, or lower the learning rate."
+            raise SkippedStepsError(
+                f"{message}. Look at the data of this step, or lower the learning rate; "
+                "max_skipped_steps says how many end the training."
             )
         logger.warning(message)
 
 
 @contextmanager
 def discarding_on_error(*engines: Engine) -> Iterator[None]:
-    """Whatever ends the block early takes the gradients of its unfinished step with it."""
+    """Whatever ends the block early takes the gradients of its unfinished step with it.
+
+    The engines' steps count from where the block began, since it is to be done again.
+    """
+    counts = [(engine.steps_done, engine.skipped_in_a_row) for engine in engines]
     try:
         yield
     except BaseException:
-        for engine in engines:
+        for engine, (done, skipped) in zip(engines, counts):
             engine.discard()
+            engine.steps_done, engine.skipped_in_a_row = done, skipped
         raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf.engine.checkpoint import CheckpointError, Checkpoints
-from rlhf.engine.engine import Engine
+from rlhf.engine.engine import Engine, SkippedStepsError
 from rlhf.engine.interruption import Interrupted, Interruption, StopRequested
 from rlhf.engine.resume import check_same, identity
 from rlhf.engine.saving import begin_training
@@ -29,9 +29,9 @@ class Resumable(ABC):
     """
 
     config: Any
-    # Errors that come between two steps and have changed nothing, so that a checkpoint is as good
-    # as one at a signal. Every rank must raise them together.
-    harmless_errors: ClassVar[tuple[type[Exception], ...]] = ()
+    # Errors that spoil nothing, so that a checkpoint is as good as one at a signal. Every rank must
+    # raise them together.
+    harmless_errors: ClassVar[tuple[type[Exception], ...]] = (SkippedStepsError,)
 
     @property
     @abstractmethod

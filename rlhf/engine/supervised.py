@@ -150,7 +150,8 @@ class SupervisedTrainer(Resumable):
             The last metrics; with evaluation also those from before training, as ``..._before``.
 
         Raises:
-            NonFiniteError: The loss was NaN or infinite too often.
+            SkippedStepsError: The loss was NaN or infinite too often in a row; a checkpoint is
+                written.
             OutputError: The results cannot be written.
             CheckpointError: ``output_dir`` has checkpoints of an earlier training.
             Interrupted: SIGTERM or SIGINT has come; a checkpoint is written.

@@ -136,7 +136,7 @@ class PPOTrainer(Resumable):
             **models.fingerprints,
         )
 
-    harmless_errors = (RewardError,)
+    harmless_errors = (RewardError, *Resumable.harmless_errors)
 
     @property
     def policy(self) -> Any:
@@ -326,7 +326,7 @@ class PPOTrainer(Resumable):
             The metrics of rollout and update that ``docs/ppo.md`` lists.
 
         Raises:
-            NonFiniteError: The loss or gradients were NaN or infinite too often.
+            SkippedStepsError: The loss or gradients were NaN or infinite too often in a row.
         """
         clock = Stopwatch(self.device)
         train_policy = self.updates_done >= self.config.critic_warmup_updates

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine, NonFiniteError, World, discarding_on_error, rank_micro_batches
+from rlhf.engine import Engine, SkippedStepsError, World, discarding_on_error, rank_micro_batches
 from rlhf.engine.batching import chunks
 from rlhf.models import lm_head
 from rlhf.ppo.config import PPOConfig
@@ -21,6 +21,8 @@ from rlhf.ppo.metrics import LOSSES, POLICY_FIGURES, VALUE_FIGURES, UpdateStats
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.shared_trunk import shares_trunk, values_of
 from rlhf_kernels import PPOLossStats, linear_ppo_loss, ppo_loss
+
+LARGE_SCORE = 100.0  # beyond it, their size may be why a loss or a gradient is not finite
 
 
 def run_epochs(
@@ -94,13 +96,16 @@ def my_micro_batches(
 
 @contextmanager
 def saying_how_large(scores: Tensor) -> Iterator[None]:
-    """Add to a NonFiniteError how large the scores are: the usual reason for it."""
+    """Add to a SkippedStepsError how large the scores are, if that may be the reason for it."""
     try:
         yield
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"{error} The scores of this batch reach {scores.abs().max().item():.3g} and should be "
-            "around 1: scale the rewards if they are far from it."
+    except SkippedStepsError as error:
+        largest = scores.abs().max().item()
+        if largest <= LARGE_SCORE:
+            raise
+        raise SkippedStepsError(
+            f"{error} The scores of this batch reach {largest:.3g} and should be around 1: scale "
+            "the rewards."
         ) from error
 
 

@@ -15,7 +15,7 @@ from test_ppo_rewards import Server
 
 from rlhf import HTTPReward
 from rlhf import http_reward as http
-from rlhf.engine import NonFiniteError, OutputError, Trackers
+from rlhf.engine import OutputError, SkippedStepsError, Trackers
 from rlhf.ppo import PPOTrainer, RewardError
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.update import minibatches
@@ -160,8 +160,8 @@ def broken_in_one_minibatch(trainer: PPOTrainer, field: str) -> Any:
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("advantages", "the policy, optimizer step 1: the policy loss became NaN or infinite"),
-        ("returns", "the critic, optimizer step 1: the value loss became NaN or infinite"),
+        ("advantages", "the policy, optimizer step 1: skipped, since the policy loss became NaN"),
+        ("returns", "the critic, optimizer step 1: skipped, since the value loss became NaN"),
     ],
 )
 def test_a_bad_minibatch_costs_its_step_and_is_counted(
@@ -170,7 +170,7 @@ def test_a_bad_minibatch_costs_its_step_and_is_counted(
     """Neither model takes the step, whichever loss is bad; both take the next."""
     trainer = make_trainer(epochs=1)
     metrics = trainer.update(broken_in_one_minibatch(trainer, field))
-    assert f"{message}; the step is skipped" in caplog.text
+    assert message in caplog.text
     assert (metrics["skipped_step"], metrics["critic_skipped_step"]) == (1.0, 1.0)
     assert metrics["optimizer_steps"] == 2
     assert adam_steps(trainer.models.policy) == adam_steps(trainer.models.critic) == {1}
@@ -182,12 +182,14 @@ def test_a_bad_minibatch_costs_its_step_and_is_counted(
     assert good["skipped_step"] == 0.0
 
 
+@pytest.mark.parametrize("save_every", [1, None])
 def test_a_training_stops_after_so_many_bad_steps_and_its_checkpoint_is_good(
-    make_trainer: MakeTrainer, tmp_path: Path
+    make_trainer: MakeTrainer, tmp_path: Path, save_every: int | None
 ) -> None:
+    """One is written if there is none: the bad steps changed nothing, and are done again."""
     whole = make_trainer(total_updates=4, output_dir=str(tmp_path / "whole"))
     whole.train()
-    settings = {"total_updates": 4, "save_every": 1, "max_skipped_steps": 3}
+    settings = {"total_updates": 4, "save_every": save_every, "max_skipped_steps": 3}
     trainer = make_trainer(**settings)
     at_two: list[torch.Tensor] = []
     update = trainer.update
@@ -199,13 +201,29 @@ def test_a_training_stops_after_so_many_bad_steps_and_its_checkpoint_is_good(
         return update(experience)
 
     trainer.update = breaking  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteError, match=r"policy loss became NaN.*\(3 in a row\).*should be"):
+    with pytest.raises(SkippedStepsError, match=r"\(3 in a row\).*Step 2 is saved to") as caught:
         trainer.train()
+    assert "the critic, optimizer step 11: skipped, since the policy loss" in str(caught.value)
+    assert "should be around 1" not in str(caught.value)  # the scores are
     assert same(at_two, trainer.policy)
     resumed = make_trainer(**settings)
     assert resumed.resume().name == "step-00000002"
     resumed.train()
     assert same(weights(whole.policy), resumed.policy)
+
+
+def test_an_update_that_ends_early_counts_from_its_beginning(make_trainer: MakeTrainer) -> None:
+    """Else the learning rate's schedule would be ahead of the update that is done again."""
+    trainer = make_trainer(epochs=1, max_skipped_steps=1)
+    experience = trainer.rollout(next(trainer.prompts))
+    seed = derive_seed(trainer.config.seed, "minibatches", 0)
+    _, second = minibatches(len(experience), trainer.config, seed)
+    experience.advantages[second[0]] = math.nan
+    with pytest.raises(SkippedStepsError):
+        trainer.update(experience)
+    for engine in trainer.engines.values():
+        assert adam_steps(engine) == {1}
+        assert (engine.steps_done, engine.skipped_in_a_row) == (0, 0)
 
 
 def test_an_absurd_score_costs_its_update_and_not_the_training(
