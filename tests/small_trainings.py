@@ -64,6 +64,7 @@ def ppo(
     policy_seed: int = 0,
     policy_options: dict[str, Any] | None = None,
     scorer: Any = None,
+    eval_prompts: Any = None,
     **settings: Any,
 ) -> PPOTrainer:
     options = {
@@ -77,13 +78,23 @@ def ppo(
     }
     config = PPOConfig(output_dir=str(folder), **options)
     policy = make_policy(policy_seed, **(policy_options or {}))
-    return PPOTrainer(config, policy, tiny_tokenizer(), prompts, scorer or word_count)
+    return PPOTrainer(
+        config,
+        policy,
+        tiny_tokenizer(),
+        prompts,
+        scorer or word_count,
+        eval_prompts=eval_prompts,
+    )
 
 
 def ppo_with_a_reward_model(folder: Path, **settings: Any) -> PPOTrainer:
-    """9 responses, which two ranks cannot halve; the critic starts as a copy of the reward."""
+    """9 responses, which two ranks cannot halve, and one to evaluate with, which one of them does
+    not share; the critic starts as a copy of the reward.
+    """
     model = RewardModel(scalar_model_from_causal(tiny_llama(3), seed=2), tiny_tokenizer())
-    return ppo(folder, scorer=model, batch_size=9, minibatch_size=3, **settings)
+    sizes = {"batch_size": 9, "minibatch_size": 3, "eval_every": 2}
+    return ppo(folder, scorer=model, eval_prompts=PROMPTS[:1], **sizes, **settings)
 
 
 # With all that has a state of its own (the KL's weight, the scores' moments) or decides by what all

@@ -43,7 +43,8 @@ def shared_generation(
     """``generate`` for a batch: the same responses, to rounding, on any number of ranks."""
     world = policy.world
     lengths = [len(ids) for ids in prompt_ids]
-    mine = sorted(share_out(range(len(lengths)), lengths, world.size)[world.rank])
+    share = sorted(share_out(range(len(lengths)), lengths, world.size)[world.rank])
+    mine = share or [0]  # with fewer rows than ranks a filler: the others may wait for this rank
     part = together(
         world,
         lambda: policy.run_gathered(
@@ -58,14 +59,14 @@ def shared_generation(
             )
         ),
     )
-    return part if world.size == 1 else join(world.gather((mine, on_cpu(part))), policy.device)
+    return part if world.size == 1 else join(world.gather((share, on_cpu(part))), policy.device)
 
 
 def shared_scores(
     reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str], world: World
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``score_in_parts`` for a batch: each rank asks the reward for a share."""
-    mine = list(range(world.rank, len(rows), world.size))
+    mine = list(range(world.rank, len(rows), world.size)) or [0]  # a filler, where rows are few
     if any(model.is_sharded for model in reward_models(reward)):
         # Each of its forward passes waits for all ranks: a filler where others have one more.
         mine += mine[:1] * (-(-len(rows) // world.size) - len(mine))
