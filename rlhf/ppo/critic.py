@@ -34,12 +34,14 @@ def make_critic(critic: Any, reward: Any, policy: Any, tokenizer: Any, config: P
     new head.
 
     Raises:
-        ModelError: The given one has fewer token ids than the policy, reads them otherwise, or is
-            no scalar model; or a copy of the reward model was asked for, and it cannot be one.
+        ModelError: The given one has fewer token ids than the policy, reads them otherwise, has
+            adapters, or is no scalar model; or a copy of the reward model was asked for, and it
+            cannot be one.
     """
     if critic is not None:
         refuse_other_tokenizer(critic, tokenizer, "the critic")
         given = critic.model if isinstance(critic, RewardModel) else critic
+        refuse_adapters(given, "the critic")
         model = make_scalar_model(given, seed=config.seed)
         if isinstance(reward, RewardModel) and model is reward.model:
             model = copy.deepcopy(model)  # the reward must not change while the critic learns
@@ -110,6 +112,18 @@ def make_reference(reference: Any, policy: Any, tokenizer: Any) -> Any:
     check_linear_head(model)
     disable_dropout(model)
     return model.requires_grad_(False).eval()
+
+
+def refuse_adapters(model: Any, what: str) -> None:
+    """Raise ModelError if a model to be trained comes with peft's adapters, as one of its models or
+    inside an ordinary one: they could not be told from those of ``lora_rank``.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"{what} comes with adapters of peft. Merge them first (of a PeftModel: "
+            "model.merge_and_unload().requires_grad_(True)), or give the model without them; "
+            "lora_rank and critic_lora_rank add new ones."
+        )
 
 
 def refuse_other_tokenizer(given: Any, tokenizer: Any, what: str) -> None:

@@ -14,7 +14,7 @@ from rlhf.engine.lora import add_lora, has_lora, without_adapters, without_lora
 from rlhf.engine.resume import model_fingerprint
 from rlhf.models import check_linear_head, context_length, disable_dropout, load_causal_lm
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.critic import make_critic, make_reference, refuse_critic
+from rlhf.ppo.critic import make_critic, make_reference, refuse_adapters, refuse_critic
 from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.shared_trunk import (
     add_value_head,
@@ -80,6 +80,7 @@ class PPOModels:
             ValueError: A critic was given that the settings have no use for.
         """
         policy = load_causal_lm(policy)
+        refuse_adapters(policy, "the policy")
         check_linear_head(policy)
         disable_dropout(policy)
         if config.has_own_critic:

@@ -151,6 +151,24 @@ def test_a_reference_that_is_given_is_used_with_adapters_too(make_trainer: Any) 
     assert (experience.logprobs - experience.ref_logprobs).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "add_adapter"])
+@pytest.mark.parametrize("which", ["policy", "critic"])
+def test_a_model_that_comes_with_adapters_is_refused(
+    make_trainer: Any, wrapped: bool, which: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+    model = make_policy() if which == "policy" else scalar_model_from_causal(tiny_llama())
+    if wrapped:
+        model = peft.get_peft_model(model, lora)
+    else:
+        model.add_adapter(lora, "mine")
+    with pytest.raises(ModelError, match=f"the {which} comes with adapters.*merge_and_unload"):
+        make_trainer(**{which: model})
+    if wrapped:
+        make_trainer(**{which: model.merge_and_unload().requires_grad_(True)})
+
+
 def test_adapters_need_peft(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match=r"lora_rank needs the package peft: pip install"):
