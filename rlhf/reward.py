@@ -29,6 +29,7 @@ from rlhf.data import (
 )
 from rlhf.engine.batching import chunks
 from rlhf.engine.config import check_choice, check_number
+from rlhf.engine.lora import has_lora
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     check_token_ids,
@@ -37,6 +38,7 @@ from rlhf.models import (
     length_limit,
     load_tokenizer,
     make_scalar_model,
+    refuse_adapters,
 )
 from rlhf.reward_model import RewardModel
 
@@ -115,6 +117,8 @@ class RewardTrainer(SupervisedTrainer):
         prepare_tokenizer(self.tokenizer)
         check_padding(self.tokenizer)
         self.model = make_scalar_model(model, seed=config.seed)
+        if has_lora(self.model):  # a PeftModel saves its adapters itself
+            refuse_adapters(self.model, "the model")
         disable_dropout(self.model)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.reward_mean = 0.0

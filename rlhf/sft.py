@@ -22,6 +22,7 @@ from rlhf.data import (
     to_demonstrations,
 )
 from rlhf.engine import check_kernels, save_model
+from rlhf.engine.lora import has_lora
 from rlhf.engine.supervised import SupervisedConfig, SupervisedTrainer, read_split
 from rlhf.models import (
     check_linear_head,
@@ -31,6 +32,7 @@ from rlhf.models import (
     lm_head,
     load_causal_lm,
     load_tokenizer,
+    refuse_adapters,
 )
 from rlhf_kernels import linear_cross_entropy
 
@@ -84,6 +86,8 @@ class SFTTrainer(SupervisedTrainer):
         self.tokenizer = load_tokenizer(tokenizer, model)
         prepare_tokenizer(self.tokenizer)
         self.model = load_causal_lm(model)
+        if has_lora(self.model):  # a PeftModel saves its adapters itself
+            refuse_adapters(self.model, "the model")
         check_linear_head(self.model)
         chat_format = ChatFormat(self.tokenizer, config.template)
         limit = length_limit(self.model, config.max_length)

@@ -229,3 +229,13 @@ def test_real_model_learns_real_instructions(
         sft = SFTTrainer(settings, str(stories_dir), None, short)
     metrics = sft.train()
     assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.2
+
+
+def test_adapters_inside_a_model_are_refused(tmp_path: Path) -> None:
+    """They would be trained, and a folder without weights would be saved."""
+    from peft import LoraConfig
+
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="the model comes with adapters of peft"):
+        SFTTrainer(config(tmp_path), model, tiny_tokenizer(), rows())

@@ -11,6 +11,7 @@ from rlhf.models.loading import (
     load_causal_lm,
     load_tokenizer,
     model_name,
+    refuse_adapters,
 )
 from rlhf.models.scalar import (
     last_token_scores,
@@ -45,6 +46,7 @@ __all__ = [
     "make_scalar_model",
     "model_name",
     "position_ids_from_mask",
+    "refuse_adapters",
     "scalar_model_from_causal",
     "score_head",
     "token_scores",

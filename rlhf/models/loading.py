@@ -131,6 +131,19 @@ def load_model(auto_class: Any, name: str | Path, what: str, *, dtype: torch.dty
     return model
 
 
+def refuse_adapters(model: Any, what: str) -> None:
+    """Raise ModelError if a model to be trained comes with peft's adapters, as one of its models or
+    inside an ordinary one: they could not be told from those of ``lora_rank``, nor saved by
+    themselves.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"{what} comes with adapters of peft. Merge them first (of a PeftModel: "
+            "model.merge_and_unload().requires_grad_(True)), or give the model without them; "
+            "PPO's lora_rank and critic_lora_rank add new ones."
+        )
+
+
 def check_token_ids(
     sequences: Iterable[Sequence[int]], model: nn.Module, what: str = "the model"
 ) -> None:

@@ -16,6 +16,7 @@ from rlhf.models import (
     load_causal_lm,
     load_tokenizer,
     make_scalar_model,
+    refuse_adapters,
     scalar_model_from_causal,
     score_head,
 )
@@ -112,18 +113,6 @@ def make_reference(reference: Any, policy: Any, tokenizer: Any) -> Any:
     check_linear_head(model)
     disable_dropout(model)
     return model.requires_grad_(False).eval()
-
-
-def refuse_adapters(model: Any, what: str) -> None:
-    """Raise ModelError if a model to be trained comes with peft's adapters, as one of its models or
-    inside an ordinary one: they could not be told from those of ``lora_rank``.
-    """
-    if hasattr(model, "peft_config"):
-        raise ModelError(
-            f"{what} comes with adapters of peft. Merge them first (of a PeftModel: "
-            "model.merge_and_unload().requires_grad_(True)), or give the model without them; "
-            "lora_rank and critic_lora_rank add new ones."
-        )
 
 
 def refuse_other_tokenizer(given: Any, tokenizer: Any, what: str) -> None:

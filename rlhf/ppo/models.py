@@ -12,9 +12,15 @@ import torch
 from rlhf.engine import Engine, Frozen, save_model
 from rlhf.engine.lora import add_lora, has_lora, without_adapters, without_lora
 from rlhf.engine.resume import model_fingerprint
-from rlhf.models import check_linear_head, context_length, disable_dropout, load_causal_lm
+from rlhf.models import (
+    check_linear_head,
+    context_length,
+    disable_dropout,
+    load_causal_lm,
+    refuse_adapters,
+)
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.critic import make_critic, make_reference, refuse_adapters, refuse_critic
+from rlhf.ppo.critic import make_critic, make_reference, refuse_critic
 from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.shared_trunk import (
     add_value_head,
