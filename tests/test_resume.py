@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS, ppo, word_count
 
-from rlhf.engine import CheckpointError, Interrupted, OutputError
+from rlhf.engine import CheckpointError, Checkpoints, Interrupted, OutputError
 from rlhf.engine import checkpoint as checkpointing
 from rlhf.engine.randomness import random_state, set_random_state
 
@@ -153,6 +153,45 @@ def test_any_checkpoint_can_be_resumed(tmp_path: Path) -> None:
         expected = load_file(tmp_path / "whole" / "model.safetensors")
         found = load_file(tmp_path / folder.name / "model.safetensors")
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_going_on_from_an_older_checkpoint_leaves_the_later_ones_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: int
+) -> None:
+    """They are set aside, and the one just written is named, kept and the newest."""
+    ppo(tmp_path, total_updates=5, save_every=1, keep_checkpoints=9).train()
+    folder = tmp_path / "checkpoints"
+    trainer = ppo(tmp_path, total_updates=5, keep_checkpoints=keep)
+    trainer.resume(folder / "step-00000001")
+    interrupt_after(trainer, 2)
+    with pytest.raises(Interrupted, match=r"SIGTERM at step 2: saved to .*/step-00000002\."):
+        trainer.train()
+    assert "step-00000003 is of a later step than 1, where training goes on" in caplog.text
+    resumed = ppo(tmp_path, total_updates=5)
+    assert resumed.resume() == folder / "step-00000002"
+    resumed.resume(folder / "step-00000004.earlier-1")  # who wants it back names it
+    assert resumed.step == 4
+
+
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for _ in range(2):
+        (checkpoints.folder / "step-00000002").mkdir(parents=True)
+        (checkpoints.folder / "step-00000002" / "state.json").write_text("{}")
+        checkpoints.set_aside_after(1)
+    assert {path.name for path in checkpoints.folder.iterdir()} == {
+        "step-00000002.earlier-1",
+        "step-00000002.earlier-2",
+    }
+
+
+def test_a_loop_of_ones_own_keeps_what_it_writes_after_an_older_checkpoint(tmp_path: Path) -> None:
+    ppo(tmp_path, save_every=1).train()
+    trainer = ppo(tmp_path, keep_checkpoints=1)
+    trainer.resume(tmp_path / "checkpoints" / "step-00000001")
+    written = trainer.save_checkpoint()
+    assert trainer.checkpoints.list() == [written]
 
 
 def interrupted(folder: Path, **settings: Any) -> None:

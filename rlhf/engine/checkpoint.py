@@ -8,11 +8,13 @@ and renamed when it is whole, so one that is there can be loaded.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,13 @@ from rlhf.engine.randomness import random_state, set_random_state
 from rlhf.engine.world import World
 from rlhf.files import PARTIAL, OutputError, write_json
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
 STATE = "state.json"
 PREFIX = "step-"
 DISCARDED = ".discarded-"
+EARLIER = ".earlier"
 # safetensors builds a file in memory before it writes it, so files are kept small.
 BYTES_PER_FILE = 1 << 30
 
@@ -63,6 +68,8 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint, then remove those that need not be kept.
 
+        Those of later steps are set aside: see ``set_aside_after``.
+
         Args:
             step: Its number; a later one of the same number takes its place.
             engines: Whose weights, optimizer states and counters to write, by name.
@@ -89,12 +96,21 @@ class Checkpoints:
             self._on_main(lambda: self._begin(partial))
             for name, engine in engines.items():
                 save_tensors(engine_tensors(engine), partial / name)
+            self.set_aside_after(step)
             self._on_main(lambda: self._finish(partial, target, written))
         return target
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, since training goes on from this one.
+
+        They are of a branch that is left: as the newest they would be resumed by mistake. They are
+        no longer listed, but a resume that names one still finds it.
+        """
+        self._on_main(lambda: self._set_aside_after(step))
+
     def list(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"{PREFIX}*/{STATE}"))
+        return sorted(path.parent for path in self.folder.glob(f"{PREFIX}{'[0-9]' * 8}/{STATE}"))
 
     def find(self, name: str | Path | None) -> Path:
         """A checkpoint's folder: the newest one for None or "latest", else the one named.
@@ -162,6 +178,16 @@ class Checkpoints:
                 shutil.rmtree(leftover)
         partial.mkdir()
 
+    def _set_aside_after(self, step: int) -> None:
+        for folder in self.list():
+            if folder.name > f"{PREFIX}{step:08d}":
+                aside = set_aside(folder)
+                logger.warning(
+                    "%s is of a later step than %d, where training goes on: it is now %s. Delete "
+                    "that to make room.",
+                    *(folder, step, aside.name),
+                )
+
     def _finish(self, partial: Path, target: Path, written: dict[str, Any]) -> None:
         write_json(partial / STATE, written)
         put_in_place(partial, target)
@@ -195,6 +221,14 @@ def put_in_place(partial: Path, target: Path) -> None:
         discard(target)
     os.rename(partial, target)
     sync(target.parent)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it is kept and not listed; its new place."""
+    places = (folder.with_name(f"{folder.name}{EARLIER}-{number}") for number in count(1))
+    aside = next(place for place in places if not place.exists())
+    os.rename(folder, aside)
+    return aside
 
 
 def discard(folder: Path) -> None:

@@ -63,11 +63,14 @@ class Resumable(ABC):
         self._interruption = Interruption()
         self._identity = identity(self.config, self.world.size, **inputs)
         self._saved_at: int | None = None
+        self._saved_to: Path | None = None
 
     def resume(self, checkpoint: str | Path | None = None, allow: Sequence[str] = ()) -> Path:
         """Take up the training at a checkpoint; ``train`` then does what is left of it.
 
         It goes on exactly as if it had not stopped: on one machine bit for bit.
+
+        Checkpoints of later steps are set aside as soon as it goes on.
 
         Args:
             checkpoint: A checkpoint's folder; None or "latest": the newest of ``output_dir``.
@@ -87,6 +90,7 @@ class Resumable(ABC):
         self.checkpoints.load(folder, self.engines)
         self.load_state_dict(written["state"])
         self.resumed_at = self._saved_at = self.step
+        self._saved_to = folder
         return folder
 
     def resume_if_possible(self) -> None:
@@ -105,7 +109,7 @@ class Resumable(ABC):
         """
         state = {**self.state_dict(), "identity": self._identity}
         folder = self.checkpoints.save(self.step, self.engines, state, metric)
-        self._saved_at = self.step
+        self._saved_at, self._saved_to = self.step, folder
         return folder
 
     @contextmanager
@@ -126,6 +130,7 @@ class Resumable(ABC):
                 "another output_dir, or delete that folder."
             )
         self.world.barrier()
+        self.checkpoints.set_aside_after(self.step)
         if self.world.is_main:
             begin_training(self.config, *folders)
         try:
@@ -166,9 +171,9 @@ class Resumable(ABC):
 
     def _saved(self) -> str:
         """Have a checkpoint of the present step; where it is and how to go on."""
-        if self._saved_at != self.step or not self.checkpoints.list():
+        if self._saved_at != self.step or self._saved_to not in self.checkpoints.list():
             self.save_checkpoint()
         return (
-            f"saved to {self.checkpoints.list()[-1]}. Run the same command with --resume "
+            f"saved to {self._saved_to}. Run the same command with --resume "
             "to go on (in Python: trainer.resume(), then trainer.train())."
         )
