@@ -21,7 +21,8 @@ from small_trainings import TRAININGS, ppo, word_count
 
 from rlhf.engine import CheckpointError, Checkpoints, Interrupted, OutputError
 from rlhf.engine import checkpoint as checkpointing
-from rlhf.engine.randomness import random_state, set_random_state
+from rlhf.engine.randomness import random_state, set_random_state, set_seed
+from rlhf.ppo import RewardError
 
 TIMES = ("time", "seconds/", "tokens_per_second")
 
@@ -97,6 +98,39 @@ def test_a_signal_in_the_middle_of_a_rollout_loses_nothing(tmp_path: Path, numbe
         stopped.train()
     assert signal.getsignal(number) is earlier  # handlers are as before
     resumed = ppo(tmp_path / "stopped")
+    resumed.resume()
+    resumed.train()
+    assert_same_results(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_reward_draws_for_a_rollout_that_is_given_up_is_drawn_again(
+    tmp_path: Path, fails: bool
+) -> None:
+    """From the global generators; the rollout ends by a signal or by the reward's failure."""
+
+    def drawing(stop_at: int | None = None) -> Any:
+        calls = []
+
+        def reward(prompts: list[Any], responses: list[str]) -> list[float]:
+            calls.append(len(prompts))
+            noise = random.random() + np.random.rand() + torch.rand(()).item()
+            if len(calls) == stop_at:
+                if fails:
+                    raise KeyError("lexicon")
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [score + noise for score in word_count(prompts, responses)]
+
+        return reward
+
+    whole = ppo(tmp_path / "whole", scorer=drawing())
+    stopped = ppo(tmp_path / "stopped", scorer=drawing(stop_at=2))
+    set_seed(0)
+    whole.train()
+    set_seed(0)
+    with pytest.raises((Interrupted, RewardError), match="tep 1"):
+        stopped.train()
+    resumed = ppo(tmp_path / "stopped", scorer=drawing())
     resumed.resume()
     resumed.train()
     assert_same_results(tmp_path / "whole", tmp_path / "stopped")

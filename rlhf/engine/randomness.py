@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,17 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(from_text(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(from_text(state["cuda"]))
+
+
+@contextmanager
+def keeping_random_state_on_error() -> Iterator[None]:
+    """Put the generators back if what is inside fails; done again, it draws the same numbers."""
+    state = random_state()
+    try:
+        yield
+    except BaseException:
+        set_random_state(state)
+        raise
 
 
 def to_text(state: Tensor) -> str:

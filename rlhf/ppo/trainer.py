@@ -18,6 +18,7 @@ from rlhf.engine import (
     ensure_writable,
     save_config,
 )
+from rlhf.engine.randomness import keeping_random_state_on_error
 from rlhf.engine.resume import fingerprint, ids_fingerprint
 from rlhf.models import check_token_ids, load_tokenizer
 from rlhf.ppo.callbacks import Callback
@@ -218,6 +219,7 @@ class PPOTrainer(Resumable):
         """Have ``train`` end after the present update, as if it were the last."""
         self._stopped = True
 
+    @keeping_random_state_on_error()
     def evaluate(self) -> dict[str, float]:
         """How the policy answers ``eval_prompts``; see ``rlhf.ppo.evaluation``."""
         return evaluate(
@@ -280,12 +282,14 @@ class PPOTrainer(Resumable):
         """Whether all updates are done, or ``stop`` was called."""
         return self._stopped or self.updates_done >= self.config.total_updates
 
+    @keeping_random_state_on_error()
     def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
         """Sample ``responses_per_prompt`` responses to each prompt, one after another, and work out
         all that an update needs.
 
         Raises:
-            RewardError: The reward failed or returned something unusable. Nothing has changed.
+            RewardError: The reward failed or returned something unusable. Nothing has changed, the
+                global random generators included.
             DataError: A prompt is malformed or too long.
         """
         rows = read_prompts(prompts)
@@ -301,13 +305,8 @@ class PPOTrainer(Resumable):
             scores, parts = shared_scores(self.reward, rows, generated.texts, self.world)
         self._interruption.check()
         with clock.phase("logprobs"):
-            experience = make_experience(
-                rows,
-                generated,
-                scores.to(self.device),
-                self.models,
-                self.config,
-            )
+            scores = scores.to(self.device)
+            experience = make_experience(rows, generated, scores, self.models, self.config)
             self.estimate_advantages(experience)
         experience.score_parts = {name: part.to(self.device) for name, part in parts.items()}
         experience.seconds = clock.seconds
