@@ -163,12 +163,11 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     assert not isinstance(caught.value, Interrupted)
 
 
-def test_checkpoints_are_written_and_the_newest_and_the_best_kept(tmp_path: Path) -> None:
+def test_checkpoints_are_written_and_the_newest_and_the_best_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = ppo(tmp_path, total_updates=6, save_every=1, keep_checkpoints=2)
-    after_step = trainer._after_step
-    trainer._after_step = lambda **options: after_step(
-        **{**options, "metric": -abs(trainer.step - 2)}
-    )
+    monkeypatch.setattr(type(trainer), "metric", property(lambda self: -abs(self.step - 2)))
     trainer.train()
     assert [path.name for path in trainer.checkpoints.list()] == [
         "step-00000002",  # the best

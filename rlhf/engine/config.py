@@ -116,7 +116,7 @@ class TrainingConfig:
             because a loss or a gradient was NaN or infinite.
         save_every: Write a checkpoint every so many steps (PPO: updates); null for none but on
             SIGTERM and SIGINT.
-        keep_checkpoints: Newest checkpoints to keep.
+        keep_checkpoints: Newest checkpoints to keep. PPO keeps the best evaluated one besides.
         log_every: Log every so many optimizer steps.
         trackers: Where metrics go: jsonl (metrics.jsonl), tensorboard (tb/), progress (terminal),
             wandb (where it is installed).

@@ -39,6 +39,11 @@ class Resumable(ABC):
         """Steps done so far: what checkpoints are numbered by."""
 
     @property
+    def metric(self) -> float | None:
+        """How good the models of the present step are (larger is better); None if unknown."""
+        return None
+
+    @property
     @abstractmethod
     def engines(self) -> Mapping[str, Engine]:
         """The engines whose state a checkpoint holds, by name."""
@@ -102,12 +107,14 @@ class Resumable(ABC):
         """Write a checkpoint of the present state to ``output_dir/checkpoints``.
 
         Args:
-            metric: How good the models are; the best checkpoint is kept besides the newest ones.
+            metric: How good the models are, instead of ``self.metric``; the best checkpoint is kept
+                besides the newest ones.
 
         Raises:
             OutputError: It cannot be written; earlier checkpoints are untouched.
         """
         state = {**self.state_dict(), "identity": self._identity}
+        metric = self.metric if metric is None else metric
         folder = self.checkpoints.save(self.step, self.engines, state, metric)
         self._saved_at, self._saved_to = self.step, folder
         return folder
@@ -143,12 +150,12 @@ class Resumable(ABC):
                 raise
             raise self._kept(error) from error
 
-    def _after_step(self, *, last: bool, metric: float | None = None) -> None:
+    def _after_step(self, *, last: bool) -> None:
         """Between two steps: write a checkpoint if it is time, and stop if a signal has come."""
         every = self.config.save_every
         if every and self.step % every == 0 and not last:
             try:
-                self.save_checkpoint(metric)
+                self.save_checkpoint()
             except OutputError as error:  # training goes on: more would be lost by stopping
                 logger.error("%s The training goes on without this checkpoint.", error)
         if not last:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
+from math import lcm
 
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Sequences
@@ -15,6 +17,19 @@ from rlhf.ppo.rollout import batched
 from rlhf.ppo.scoring import Reward
 from rlhf.ppo.seeds import derive_seed
 from rlhf.ppo.sharing import shared_generation, shared_scores
+
+logger = logging.getLogger(__name__)
+
+
+def warn_if_none_is_best(config: PPOConfig) -> None:
+    """Say so if checkpoints and evaluations are asked for, and never fall on the same update."""
+    every, evaluated, total = config.save_every, config.eval_every, config.total_updates
+    if every and evaluated and max(every, evaluated) < total <= lcm(every, evaluated):
+        logger.warning(
+            "save_every=%d and eval_every=%d fall on no update together, so no checkpoint is kept "
+            "as the one with the best eval_score; make save_every a multiple of eval_every.",
+            *(every, evaluated),
+        )
 
 
 def evaluate(

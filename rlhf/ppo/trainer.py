@@ -23,7 +23,7 @@ from rlhf.engine.resume import fingerprint, ids_fingerprint
 from rlhf.models import check_token_ids, load_tokenizer
 from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.evaluation import evaluate
+from rlhf.ppo.evaluation import evaluate, warn_if_none_is_best
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
@@ -75,7 +75,7 @@ class PPOTrainer(Resumable):
             policy's trunk with a new head. An advantage estimator without a critic takes none.
         reference: The model that the KL penalty keeps the policy near. None: a copy of the policy.
         eval_prompts: Held-out prompts, likewise; ``train`` answers them every ``eval_every``
-            updates, and the checkpoint with the best ``eval_score`` is kept.
+            updates, and of the checkpoints written then that with the best ``eval_score`` is kept.
         sampler: Another engine to sample with; see ``rlhf.ppo.generation.Sampler``.
         callbacks: Called at certain points of ``train``.
 
@@ -123,6 +123,8 @@ class PPOTrainer(Resumable):
         prompt_ids = self._encode(self.rows, source)
         self.eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
         self.eval_ids = self._encode(self.eval_rows, "eval_prompts")
+        if self.eval_rows:
+            warn_if_none_is_best(config)
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
         self.device = models.policy.device
@@ -164,10 +166,16 @@ class PPOTrainer(Resumable):
         """Updates done so far."""
         return self.updates_done
 
+    @property
+    def metric(self) -> float | None:
+        """The ``eval_score`` after the last update; None if that was not evaluated."""
+        return self._eval_score
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside the engines and the random states."""
         return {
             "updates_done": self.updates_done,
+            "eval_score": self._eval_score,
             "kl_control": self.kl_control.state_dict(),
             "score_shaper": self.score_shaper.state_dict(),
         }
@@ -175,6 +183,7 @@ class PPOTrainer(Resumable):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up ``state_dict`` again."""
         self.updates_done = state["updates_done"]
+        self._eval_score = state.get("eval_score")  # checkpoints of earlier versions have none
         self.kl_control.load_state_dict(state["kl_control"])
         self.score_shaper.load_state_dict(state["score_shaper"])
 
@@ -209,7 +218,7 @@ class PPOTrainer(Resumable):
                 self._call("on_rollout", experience)
                 metrics = self.update(experience)
                 metrics.update(self._watch(trackers, experience, metrics))
-                self._after_step(last=self.finished, metric=self._eval_score)
+                self._after_step(last=self.finished)
             self._call("on_train_end")
             self.models.policy.require_progress()
             self.save()
@@ -222,15 +231,9 @@ class PPOTrainer(Resumable):
     @keeping_random_state_on_error()
     def evaluate(self) -> dict[str, float]:
         """How the policy answers ``eval_prompts``; see ``rlhf.ppo.evaluation``."""
-        return evaluate(
-            self.models,
-            self.tokenizer,
-            self.eval_rows,
-            self.eval_ids,
-            self.reward,
-            self.config,
-            self.sampler,
-        )
+        models, reward, config = self.models, self.reward, self.config
+        prompts = self.eval_rows, self.eval_ids
+        return evaluate(models, self.tokenizer, *prompts, reward, config, self.sampler)
 
     def _watch(
         self, trackers: Trackers, experience: Experience, metrics: dict[str, float]
@@ -338,6 +341,7 @@ class PPOTrainer(Resumable):
                 train_policy=train_policy,
             )
         self.updates_done += 1
+        self._eval_score = None
         metrics = self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
         self.score_shaper.remember(experience.scores)
         if train_policy and math.isfinite(metrics["kl"]):  # before that there is none to control
@@ -358,14 +362,10 @@ class PPOTrainer(Resumable):
         return Path(self.config.output_dir) / "critic"
 
     def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
-        longest = self.config.max_new_tokens
+        longest, context = self.config.max_new_tokens, self.context
         check_room_for_reward(rows, self.reward, max_new_tokens=longest, source=source)
         encoded = encode_prompts(
-            rows,
-            self.chat_format,
-            max_new_tokens=longest,
-            context=self.context,
-            source=source,
+            rows, self.chat_format, max_new_tokens=longest, context=context, source=source
         )
         check_token_ids(encoded, self.policy, "the policy")
         return encoded

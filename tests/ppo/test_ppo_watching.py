@@ -122,6 +122,33 @@ def test_the_checkpoint_with_the_best_evaluation_is_kept(make_trainer: Any) -> N
     assert [path.name for path in trainer.checkpoints.list()] == ["step-00000002", "step-00000004"]
 
 
+def test_a_checkpoint_carries_the_score_of_its_own_evaluation(make_trainer: Any) -> None:
+    """None where its update was not evaluated: the next best is then an evaluated one."""
+    trainer = trainer_with(
+        make_trainer,
+        eval_prompts=EVAL,
+        eval_every=2,
+        total_updates=6,
+        save_every=1,
+        keep_checkpoints=9,
+    )
+    trainer.train()
+    checkpoints = trainer.checkpoints
+    rated = [checkpoints.read(folder)["metric"] is not None for folder in checkpoints.list()]
+    assert rated == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("save_every", "warned"), [(3, True), (2, False), (None, False)])
+def test_checkpoints_that_are_never_evaluated_are_said_so(
+    make_trainer: Any, caplog: pytest.LogCaptureFixture, save_every: int | None, warned: bool
+) -> None:
+    settings = {"eval_every": 4, "total_updates": 12, "save_every": save_every}
+    trainer_with(make_trainer, **settings, eval_prompts=EVAL)
+    assert ("save_every=3 and eval_every=4 fall on no update together" in caplog.text) is warned
+    trainer_with(make_trainer, **settings)  # nothing is evaluated
+    assert caplog.text.count("fall on no update") == warned
+
+
 def test_samples_are_written_and_cut_on_a_resume(make_trainer: Any, tmp_path: Path) -> None:
     settings = {"total_updates": 4, "trackers": ["jsonl"], "samples_every": 1, "samples_count": 2}
     make_trainer(**settings, output_dir=str(tmp_path / "whole")).train()
