@@ -58,7 +58,7 @@ PLACES = {
     "scoring": ("rlhf.ppo.trainer", "shared_scores", 2, 1),
     "log-probabilities": ("rlhf.ppo.trainer", "make_experience", 2, 2),
     "before an optimizer step": (Engine, "step", 6, 1),  # of 8 in an update, 4 for each model
-    "after the last optimizer step": ("rlhf.ppo.trainer", "to_floats", 2, 2),
+    "after the last optimizer step": ("rlhf.ppo.metrics", "to_floats", 2, 2),
     "evaluation": ("rlhf.ppo.trainer", "evaluate", 2, 2),
     "writing a checkpoint": (Checkpoints, "save", 2, 2),
     "renaming a checkpoint": ("rlhf.engine.checkpoint", "put_in_place", 2, 2),

@@ -137,6 +137,28 @@ class UpdateStats:
         return figures | {"optimizer_steps": self.steps, "early_stopped": float(self.early_stopped)}
 
 
+def update_figures(
+    experience: Experience, stats: UpdateStats, config: PPOConfig, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """All figures of one update, as numbers.
+
+    Args:
+        experience: Of its rollout.
+        stats: Of its optimizer steps, of all ranks.
+        config: Settings, some of which leave figures out.
+        seconds: That each phase of rollout and update took.
+    """
+    figures = {**experience_figures(experience), **stats.on_device()}
+    for name in unused_figures(config):
+        del figures[name]
+    metrics = to_floats({**figures, "tokens": experience.response_mask.sum()})
+    metrics["kl_coef"] = experience.kl_coef
+    metrics.update(stats.on_host())
+    metrics["tokens_per_second"] = metrics.pop("tokens") / sum(seconds.values())
+    metrics.update({f"seconds/{name}": value for name, value in seconds.items()})
+    return metrics
+
+
 def unused_figures(config: PPOConfig) -> list[str]:
     """Names of ``on_device`` that would say nothing under these settings."""
     without_dual_clip = [] if config.dual_clip else ["dual_clip_fraction"]

@@ -27,7 +27,7 @@ from rlhf.ppo.evaluation import evaluate, warn_if_none_is_best
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
-from rlhf.ppo.metrics import Stopwatch, UpdateStats, experience_figures, to_floats, unused_figures
+from rlhf.ppo.metrics import Stopwatch, update_figures
 from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
@@ -342,7 +342,8 @@ class PPOTrainer(Resumable):
             )
         self.updates_done += 1
         self._eval_score = None
-        metrics = self._metrics(experience, stats, {**experience.seconds, **clock.seconds})
+        seconds = {**experience.seconds, **clock.seconds}
+        metrics = update_figures(experience, stats, self.config, seconds)
         self.score_shaper.remember(experience.scores)
         if train_policy and math.isfinite(metrics["kl"]):  # before that there is none to control
             self.kl_control.update(metrics["kl"], len(experience))
@@ -382,17 +383,3 @@ class PPOTrainer(Resumable):
             seed=seed,
             sampler=self.sampler,
         )
-
-    def _metrics(
-        self, experience: Experience, stats: UpdateStats, seconds: dict[str, float]
-    ) -> dict[str, float]:
-        figures = {**experience_figures(experience), **stats.on_device()}
-        for name in unused_figures(self.config):
-            del figures[name]
-        tokens = experience.response_mask.sum()
-        metrics = to_floats({**figures, "tokens": tokens})
-        metrics["kl_coef"] = experience.kl_coef
-        metrics.update(stats.on_host())
-        metrics["tokens_per_second"] = metrics.pop("tokens") / sum(seconds.values())
-        metrics.update({f"seconds/{name}": value for name, value in seconds.items()})
-        return metrics
