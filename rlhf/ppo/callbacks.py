@@ -13,7 +13,7 @@ class Callback:
     """Override what is needed. Under several ranks each calls it; ``trainer.world`` says which.
 
     An exception ends the training with its own traceback. ``trainer.stop()`` ends it cleanly after
-    the present update.
+    the present update, as if it were the last: the models are saved, and no checkpoint is written.
     """
 
     def on_train_begin(self, trainer: PPOTrainer) -> None:

@@ -21,10 +21,12 @@ from rlhf.ppo.sharing import shared_generation, shared_scores
 logger = logging.getLogger(__name__)
 
 
-def warn_if_none_is_best(config: PPOConfig) -> None:
+def warn_if_none_is_best(config: PPOConfig, rows: Sequence[PromptRow]) -> None:
     """Say so if checkpoints and evaluations are asked for, and never fall on the same update."""
     every, evaluated, total = config.save_every, config.eval_every, config.total_updates
-    if every and evaluated and max(every, evaluated) < total <= lcm(every, evaluated):
+    if not (rows and every and evaluated):
+        return
+    if max(every, evaluated) < total <= lcm(every, evaluated):
         logger.warning(
             "save_every=%d and eval_every=%d fall on no update together, so no checkpoint is kept "
             "as the one with the best eval_score; make save_every a multiple of eval_every.",

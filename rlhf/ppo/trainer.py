@@ -123,8 +123,7 @@ class PPOTrainer(Resumable):
         prompt_ids = self._encode(self.rows, source)
         self.eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
         self.eval_ids = self._encode(self.eval_rows, "eval_prompts")
-        if self.eval_rows:
-            warn_if_none_is_best(config)
+        warn_if_none_is_best(config, self.eval_rows)
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
         self.device = models.policy.device
@@ -198,21 +197,20 @@ class PPOTrainer(Resumable):
     def train(self) -> dict[str, float]:
         """Do the updates still to come, log them, save the models.
 
-        A model that lies in ``output_dir`` counts as unfinished from the start (see
-        ``begin_training``).
+        A resumed training first does an evaluation that failed before. A model that lies in
+        ``output_dir`` counts as unfinished from the start (see ``begin_training``).
 
         Returns:
-            The last update's metrics.
+            The last update's metrics; of a resumed training with none left, the evaluation's.
 
         Raises:
-            RuntimeError: All updates are done.
+            RuntimeError: This training is finished.
             CheckpointError: ``output_dir`` has checkpoints of an earlier training.
             Interrupted: SIGTERM or SIGINT has come; a checkpoint is written.
         """
         self._require_unfinished()
-        metrics: dict[str, float] = {}
         with self._session(self._critic_folder), self._trackers() as trackers:
-            self._call("on_train_begin")
+            metrics = self._begin(trackers)
             for prompts in self.prompts:
                 experience = self.rollout(prompts)
                 self._call("on_rollout", experience)
@@ -225,7 +223,7 @@ class PPOTrainer(Resumable):
         return metrics
 
     def stop(self) -> None:
-        """Have ``train`` end after the present update, as if it were the last."""
+        """Have ``train`` end after the present update: it saves models, and no checkpoint."""
         self._stopped = True
 
     @keeping_random_state_on_error()
@@ -235,24 +233,41 @@ class PPOTrainer(Resumable):
         prompts = self.eval_rows, self.eval_ids
         return evaluate(models, self.tokenizer, *prompts, reward, config, self.sampler)
 
+    def _begin(self, trackers: Trackers) -> dict[str, float]:
+        """Do what a reward's failure left undone: the evaluation after the last update."""
+        self._call("on_train_begin")
+        if not self.updates_done or self._eval_score is not None:
+            return {}
+        if found := self._evaluate_if_due():
+            trackers.log(found, self.updates_done)
+            self._call("on_evaluate", found)
+        return found
+
     def _watch(
         self, trackers: Trackers, experience: Experience, metrics: dict[str, float]
     ) -> dict[str, float]:
-        """After an update: log it, show samples, evaluate; returns what was evaluated."""
+        """After an update: evaluate, log it, show samples; returns what was evaluated."""
         config, number, found = self.config, self.updates_done, {}
         self._call("on_update", metrics)
         try:
-            if config.eval_every and self.eval_rows and self._is_due(config.eval_every):
-                found = self.evaluate()
-                self._eval_score = found["eval_score"]
+            found = self._evaluate_if_due()
+            if found:
                 self._call("on_evaluate", found)
         finally:  # the update is done, whatever the reward makes of an evaluation
             if self._is_due(config.log_every):
                 trackers.log({**metrics, **found}, number)
             elif found:
                 trackers.log(found, number)
-        if config.samples_every and self._is_due(config.samples_every) and self.world.is_main:
-            trackers.log_samples(samples_of(experience, config.samples_count), number)
+            if self.world.is_main and config.samples_every and self._is_due(config.samples_every):
+                trackers.log_samples(samples_of(experience, config.samples_count), number)
+        return found
+
+    def _evaluate_if_due(self) -> dict[str, float]:
+        every = self.config.eval_every
+        if not (every and self.eval_rows and self._is_due(every)):
+            return {}
+        found = self.evaluate()
+        self._eval_score = found["eval_score"]
         return found
 
     def _is_due(self, every: int) -> bool:
@@ -274,10 +289,11 @@ class PPOTrainer(Resumable):
         )
 
     def _require_unfinished(self) -> None:
-        if self.finished:
+        if self.finished and self.resumed_at != self.updates_done:
             raise RuntimeError(
-                f"this training is finished: all {self.config.total_updates} updates are done. "
-                "save() writes its models; make a new trainer to train them further."
+                f"this training has ended after {self.updates_done} of "
+                f"{self.config.total_updates} updates. save() writes its models; make a new "
+                "trainer to train them further."
             )
 
     @property
@@ -375,11 +391,7 @@ class PPOTrainer(Resumable):
         config = self.config
         settings = config.generation_settings(len(prompt_ids), dtype=config.dtype)
         seed = derive_seed(config.seed, "generate", self.updates_done)
+        policy, sampler = self.models.policy, self.sampler
         return shared_generation(
-            self.models.policy,
-            self.tokenizer,
-            prompt_ids,
-            settings,
-            seed=seed,
-            sampler=self.sampler,
+            policy, self.tokenizer, prompt_ids, settings, seed=seed, sampler=sampler
         )

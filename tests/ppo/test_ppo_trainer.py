@@ -252,7 +252,7 @@ def test_a_reward_or_config_of_another_kind_is_said_at_once(make_trainer: Any) -
 def test_a_finished_training_is_not_begun_again(make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(total_updates=1)
     trainer.train()
-    with pytest.raises(RuntimeError, match="all 1 updates are done"):
+    with pytest.raises(RuntimeError, match="ended after 1 of 1 updates"):
         trainer.train()
     assert (tmp_path / "ppo" / "config.json").exists()
 

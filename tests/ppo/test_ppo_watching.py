@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from small_trainings import TRAININGS
 
@@ -67,25 +68,57 @@ def test_evaluation_changes_nothing_of_the_training(make_trainer: Any, tmp_path:
     assert names <= metrics.keys() and names <= found[0].keys()
 
 
-def test_a_reward_that_fails_in_an_evaluation_takes_no_figures_along(
-    make_trainer: Any, tmp_path: Path
+@pytest.mark.parametrize("total_updates", [3, 2])
+def test_an_evaluation_that_failed_is_done_when_the_training_is_resumed(
+    make_trainer: Any, tmp_path: Path, total_updates: int
 ) -> None:
-    """The update before it is done and in the checkpoint, so it is logged too."""
+    """The update before it is in the checkpoint and logged; after the last one, models are saved.
 
-    def failing(prompts: list[Any], responses: list[str]) -> list[float]:
-        if trainer.step == 2 and prompts[0] == EVAL[0]:
-            raise KeyError("lexicon")
-        return [float(len(text)) for text in responses]
+    The reward draws from a global generator, where it goes on as if it had not failed.
+    """
 
-    trainer = trainer_with(
-        make_trainer,
-        **{"total_updates": 3, "trackers": ["jsonl"], "reward": failing},
-        eval_prompts=EVAL,
-        eval_every=2,
-    )
-    with pytest.raises(RewardError, match=r"'lexicon'.*Step 2 is saved to"):
-        trainer.train()
-    assert [line["step"] for line in lines(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2]
+    def resumable(name: str, fails: bool) -> PPOTrainer:
+        def reward(prompts: list[Any], responses: list[str]) -> list[float]:
+            noise = torch.rand(()).item()
+            if fails and trainer.step == 2 and prompts[0] == EVAL[0]:
+                raise KeyError("lexicon")
+            return [noise + len(text) for text in responses]
+
+        trainer = trainer_with(  # which the reward asks for its step
+            make_trainer,
+            **{"total_updates": total_updates, "trackers": ["jsonl"], "reward": reward},
+            **{"output_dir": str(tmp_path / name), "eval_prompts": EVAL, "eval_every": 2},
+            samples_every=2,
+        )
+        return trainer
+
+    torch.manual_seed(0)
+    whole = resumable("whole", fails=False)
+    whole.train()
+    torch.manual_seed(0)
+    failing = resumable("failing", fails=True)
+    with pytest.raises(RewardError, match=r"'lexicon'.*Step 2 is saved to.*--resume"):
+        failing.train()
+    assert [line["step"] for line in lines(tmp_path / "failing" / "metrics.jsonl")] == [1, 2]
+    resumed = resumable("failing", fails=False)
+    resumed.resume()
+    found = resumed.train()
+    assert found["eval_score"] == whole.metric == resumed.metric
+    assert (tmp_path / "failing" / "config.json").exists()
+    evaluated = [
+        [
+            line["eval_score"]
+            for line in lines(tmp_path / name / "metrics.jsonl")
+            if "eval_score" in line
+        ]
+        for name in ("whole", "failing")
+    ]
+    assert evaluated[0] == evaluated[1]
+    samples = [lines(tmp_path / name / "samples.jsonl") for name in ("whole", "failing")]
+    assert samples[0] == samples[1]
+    with torch.no_grad():
+        pairs = zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_evaluation_draws_the_same_each_time_and_greedy_draws_nothing(make_trainer: Any) -> None:
@@ -246,6 +279,8 @@ def test_callbacks_see_the_run_and_can_end_it(make_trainer: Any, tmp_path: Path)
         "end",
     ]
     assert (tmp_path / "ppo" / "config.json").exists()
+    with pytest.raises(RuntimeError, match="ended after 2 of 9 updates"):
+        trainer.train()
 
 
 def test_an_error_of_a_callback_is_not_swallowed(make_trainer: Any) -> None:
