@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,12 +299,61 @@ def test_unknown_names_and_missing_checkpoints_are_said_so(tmp_path: Path) -> No
         ppo(tmp_path / "run").resume(allow=["kl_coeff"])
 
 
-def test_a_damaged_checkpoint_is_said_so(tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def without_files(path: Path) -> None:
+    """As earlier versions wrote it, and the weights cut."""
+    state = path.with_name("state.json")
+    written = json.loads(state.read_text())
+    del written["files"]
+    state.write_text(json.dumps(written))
+    cut(next(path.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("where", "damage", "message"),
+    [
+        ("state.json", cut, r"state\.json cannot be read"),
+        ("state.json", lambda path: path.write_text("{}"), r"state\.json lacks engines, metric"),
+        ("policy/*.safetensors", cut, r"policy/.*safetensors has 100 bytes instead of \d+"),
+        ("critic/*.safetensors", Path.unlink, r"critic/.*safetensors is missing"),
+        ("critic", shutil.rmtree, r"critic/.*safetensors is missing"),
+        ("critic", without_files, "step-00000002 cannot be read: Error while deserializing header"),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_so(
+    tmp_path: Path, where: str, damage: Any, message: str
+) -> None:
+    """What is damaged, and which to take instead; no model has changed."""
+    ppo(tmp_path, save_every=1).train()
+    older, newest = (tmp_path / "checkpoints" / f"step-0000000{number}" for number in (1, 2))
+    damage(next(newest.glob(where)))
+    trainer = ppo(tmp_path)
+    before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        trainer.resume()
+    assert f"Name the one before it, {older}, or delete" in str(caught.value)
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.policy.parameters(), strict=True))
+    resumed = ppo(tmp_path, save_every=1)
+    resumed.resume(older)
+    resumed.train()  # which writes the damaged one anew
+
+
+def test_a_save_is_not_disturbed_by_a_damaged_checkpoint(tmp_path: Path) -> None:
     interrupted(tmp_path)
-    folder = tmp_path / "checkpoints" / "step-00000001"
-    (folder / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
-        ppo(tmp_path).resume()
+    cut(tmp_path / "checkpoints" / "step-00000001" / "state.json")
+    trainer = ppo(tmp_path)
+    trainer.updates_done = 2
+    trainer.save_checkpoint()
+    assert len(trainer.checkpoints.list()) == 2
+
+
+def test_a_checkpoint_without_one_of_the_models_is_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path, critic="shared")
+    with pytest.raises(CheckpointError, match="has no critic: it is of a training without one"):
+        ppo(tmp_path).resume(allow=["critic"])
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:

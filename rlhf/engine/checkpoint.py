@@ -36,6 +36,7 @@ STATE = "state.json"
 PREFIX = "step-"
 DISCARDED = ".discarded-"
 EARLIER = ".earlier"
+WRITTEN = {"engines", "metric", "random", "state"}  # what every state.json has
 # safetensors builds a file in memory before it writes it, so files are kept small.
 BYTES_PER_FILE = 1 << 30
 
@@ -110,7 +111,7 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(path.parent for path in self.folder.glob(f"{PREFIX}{'[0-9]' * 8}/{STATE}"))
+        return checkpoints_in(self.folder)
 
     def find(self, name: str | Path | None) -> Path:
         """A checkpoint's folder: the newest one for None or "latest", else the one named.
@@ -141,22 +142,52 @@ class Checkpoints:
             CheckpointError: It is damaged.
         """
         try:
-            return json.loads((folder / STATE).read_text(encoding="utf-8"))
+            written = json.loads((folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from error
+            raise self._damaged(folder, f"{folder / STATE} cannot be read: {error}") from error
+        if not isinstance(written, dict) or (lacking := WRITTEN - written.keys()):
+            what = ", ".join(sorted(lacking)) if isinstance(written, dict) else "everything"
+            raise self._damaged(folder, f"{folder / STATE} lacks {what}")
+        return written
 
     def load(self, folder: Path, engines: Mapping[str, Engine]) -> None:
         """Put weights, optimizer states, counters and random states back, at any world size.
 
         Raises:
-            CheckpointError: A model of the checkpoint has other weights than the engine's.
+            CheckpointError: It is damaged, or a model of the checkpoint has other weights than the
+                engine's. All files are looked at before the first model is changed.
         """
         written = self.read(folder)
-        for name, engine in engines.items():
-            load_tensors(engine, folder / name, written["engines"][name])
+        if missing := engines.keys() - written["engines"].keys():
+            raise CheckpointError(
+                f"{folder} has no {min(missing)}: it is of a training without one. Go back to that "
+                "training's settings and models."
+            )
+        for name, size in written.get("files", {}).items():  # none in those of earlier versions
+            if not (folder / name).is_file():
+                raise self._damaged(folder, f"{folder / name} is missing")
+            if (found := (folder / name).stat().st_size) != size:
+                raise self._damaged(folder, f"{folder / name} has {found} bytes instead of {size}")
+        try:
+            tensors = {name: matching(engine, folder / name) for name, engine in engines.items()}
+            for name, engine in engines.items():
+                load_tensors(engine, tensors[name], folder / name, written["engines"][name])
+        except (OSError, SafetensorError, CheckpointException) as error:
+            raise self._damaged(folder, f"{folder} cannot be read: {cause(error)}") from error
         ranks = written["random"]
         if self.world.rank < len(ranks):
             set_random_state(ranks[self.world.rank])
+
+    def _damaged(self, folder: Path, what: str) -> CheckpointError:
+        """What is wrong with a checkpoint, and where else the training can go on."""
+        older = [other for other in checkpoints_in(folder.parent) if other.name < folder.name]
+        advice = "There is none before it: delete it and start anew."
+        if older:
+            advice = (
+                f"Name the one before it, {older[-1]}, or delete this one; then resume (in Python, "
+                "with a new trainer: parts of this one may be loaded)."
+            )
+        return CheckpointError(f"the checkpoint is damaged: {what}. {advice}")
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Have the main rank do something; if it fails, it fails on every rank."""
@@ -189,14 +220,25 @@ class Checkpoints:
                 )
 
     def _finish(self, partial: Path, target: Path, written: dict[str, Any]) -> None:
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        written["files"] = {
+            path.relative_to(partial).as_posix(): path.stat().st_size for path in files
+        }
         write_json(partial / STATE, written)
         put_in_place(partial, target)
         found = self.list()
-        rated = [(self.read(folder)["metric"], folder) for folder in found]
+        rated = [(self._metric(folder), folder) for folder in found]
         known = [(metric, folder) for metric, folder in rated if metric is not None]
         keep = {*found[-self.keep :], *([max(known)[1]] if known else [])}
         for folder in set(found) - keep:
             discard(folder)
+
+    def _metric(self, folder: Path) -> float | None:
+        """How good a checkpoint is; a damaged one is nothing that a save should fail of."""
+        try:
+            return self.read(folder)["metric"]
+        except CheckpointError:
+            return None
 
     @contextmanager
     def _naming_failures(self, target: Path, partial: Path) -> Iterator[None]:
@@ -211,6 +253,11 @@ class Checkpoints:
                     "are untouched. Make room, or change keep_checkpoints or output_dir."
                 ) from error
             raise
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"{PREFIX}{'[0-9]' * 8}/{STATE}"))
 
 
 def put_in_place(partial: Path, target: Path) -> None:
@@ -285,8 +332,8 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         dcp.save(tensors, storage_writer=writer)
 
 
-def load_tensors(engine: Engine, folder: Path, counters: Mapping[str, Any]) -> None:
-    """Fill an engine with what ``save_tensors`` and ``engine_state`` wrote."""
+def matching(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    """``engine_tensors`` to be filled from a folder, which must hold the same ones."""
     saved = set(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
     if any(name.startswith("optimizer.") for name in saved):
         create_optimizer_state(engine)
@@ -298,6 +345,13 @@ def load_tensors(engine: Engine, folder: Path, counters: Mapping[str, Any]) -> N
             f"{'the checkpoint' if name in saved else 'the model'}. Give the models that this "
             "training began with."
         )
+    return tensors
+
+
+def load_tensors(
+    engine: Engine, tensors: dict[str, Tensor], folder: Path, counters: Mapping[str, Any]
+) -> None:
+    """Fill an engine, by its ``matching`` tensors, with what ``save_tensors`` wrote."""
     with ignoring_single_process():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     if engine.masters is not None:
