@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from rlhf.http_reward import HTTPReward
     from rlhf.pipeline import PipelineConfig, RLHFPipeline
     from rlhf.ppo import PPOConfig, PPOTrainer
+    from rlhf.ppo.scoring import WeightedRewards
     from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
     from rlhf.rewards import HeuristicReward
     from rlhf.sft import SFTConfig, SFTTrainer
-    from rlhf.weighted_rewards import WeightedRewards
 
 _HOME = {
     "HTTPReward": "rlhf.http_reward",
@@ -33,7 +33,7 @@ _HOME = {
     "RewardTrainer": "rlhf.reward",
     "SFTConfig": "rlhf.sft",
     "SFTTrainer": "rlhf.sft",
-    "WeightedRewards": "rlhf.weighted_rewards",
+    "WeightedRewards": "rlhf.ppo.scoring",
     "agreement_stats": "rlhf.data",
     "best_of_n": "rlhf.best_of",
 }

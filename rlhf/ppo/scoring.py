@@ -41,6 +41,37 @@ def check_reward(reward: Any) -> None:
     )
 
 
+class WeightedRewards:
+    """The weighted sum of rewards; PPO shows the mean of each as the figure ``score/NAME``.
+
+    Args:
+        rewards: ``{name: (reward, weight)}``; each reward as ``PPOTrainer`` takes it.
+
+    Raises:
+        TypeError: A reward cannot be called.
+        ValueError: There is none, or a weight is no finite number.
+    """
+
+    def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
+        if not rewards:
+            raise ValueError("give at least one reward")
+        for name, (reward, weight) in rewards.items():
+            check_reward(reward)
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {name!r} is {weight!r}; give a number")
+        self.rewards = dict(rewards)
+
+    def __call__(
+        self, prompts: Sequence[Text], responses: Sequence[str], **columns: list[Any]
+    ) -> list[float]:
+        """The weighted sums alone."""
+        rows = [
+            {"prompt": prompt, **{name: values[row] for name, values in columns.items()}}
+            for row, prompt in enumerate(prompts)
+        ]
+        return score_responses(self, rows, responses).tolist()
+
+
 def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:
     """The scores of responses, checked.
 
@@ -64,11 +95,10 @@ def score_in_parts(
     reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As ``score_responses``, and of a ``WeightedRewards`` the scores of each part by name."""
-    weighted = getattr(reward, "rewards", None)
-    if not isinstance(weighted, dict):
+    if not isinstance(reward, WeightedRewards):
         return _score(reward, rows, texts), {}
     total, parts = torch.zeros(len(texts)), {}
-    for name, (part, weight) in weighted.items():
+    for name, (part, weight) in reward.rewards.items():
         try:
             parts[name] = score_responses(part, rows, texts)
         except RewardError as error:
@@ -79,8 +109,9 @@ def score_in_parts(
 
 def reward_models(reward: Reward) -> list[RewardModel]:
     """The reward models among a reward's parts."""
-    parts = [part for part, _ in getattr(reward, "rewards", {"": (reward, 1.0)}).values()]
-    return [part for part in parts if isinstance(part, RewardModel)]
+    if isinstance(reward, WeightedRewards):
+        return [model for part, _ in reward.rewards.values() for model in reward_models(part)]
+    return [reward] if isinstance(reward, RewardModel) else []
 
 
 def _score(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> Tensor:

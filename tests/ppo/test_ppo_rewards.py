@@ -17,7 +17,7 @@ from rlhf import HTTPReward, RewardModel, WeightedRewards
 from rlhf import http_reward as module
 from rlhf.data import DataError
 from rlhf.models import scalar_model_from_causal
-from rlhf.ppo.scoring import RewardError, score_responses
+from rlhf.ppo.scoring import RewardError, reward_models, score_responses
 from rlhf.sources import load_reward
 
 ROWS = [{"prompt": f"prompt {n}", "bonus": n} for n in range(5)]
@@ -68,6 +68,31 @@ def test_several_rewards_are_a_weighted_sum_and_shown_apart(make_trainer: Any) -
     parts = metrics["score/length"], metrics["score/bonus"]
     assert metrics["score"] == pytest.approx(0.1 * parts[0] - 2.0 * parts[1], rel=1e-5)
     assert parts[1] == pytest.approx(sum(row["bonus"] for row in experience.prompts) / 8)
+
+
+@pytest.mark.parametrize("kept", [{}, [], {"a": 1.0}, {"a": (length, 0.0)}])
+def test_a_reward_may_have_an_attribute_called_rewards(kept: Any, make_trainer: Any) -> None:
+    """Only ``WeightedRewards`` is a sum of parts; any other callable is called."""
+
+    class Remembering:
+        def __init__(self) -> None:
+            self.rewards = kept
+
+        def __call__(self, prompts: list[Any], responses: list[str]) -> list[float]:
+            return length(prompts, responses)
+
+    assert score_responses(Remembering(), ROWS, TEXTS).tolist() == [0, 1, 2, 3, 4]
+    trainer = make_trainer(reward=Remembering())
+    experience = trainer.rollout(next(trainer.prompts))
+    assert experience.scores.tolist() == length([], experience.texts)
+
+
+def test_sums_may_be_parts_of_sums() -> None:
+    judge = RewardModel(scalar_model_from_causal(tiny_llama(3)), tiny_tokenizer())
+    inner = WeightedRewards({"length": (length, 2.0), "model": (judge, 0.0)})
+    outer = WeightedRewards({"inner": (inner, 3.0)})
+    assert score_responses(outer, ROWS, TEXTS).tolist() == [0, 6, 12, 18, 24]
+    assert reward_models(outer) == [judge]
 
 
 def test_a_part_that_fails_is_named() -> None:
