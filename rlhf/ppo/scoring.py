@@ -104,7 +104,7 @@ def score_in_parts(
         except RewardError as error:
             raise RewardError(f"reward {name!r}: {error}") from error
         total += weight * parts[name]
-    return total, parts
+    return _numbers(total.tolist(), [row["prompt"] for row in rows], texts), parts
 
 
 def reward_models(reward: Reward) -> list[RewardModel]:
@@ -131,10 +131,7 @@ def _score(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str])
             f"the reward returned {len(scores)} scores for {len(texts)} responses, the first of "
             f"them to the prompt {shorten(prompts[0])}; it must return one number for each response"
         )
-    return torch.tensor(
-        [_number(score, index, prompts, texts) for index, score in enumerate(scores)],
-        dtype=torch.float32,
-    )
+    return _numbers(scores, prompts, texts)
 
 
 def _awaited(returned: Any) -> Any:
@@ -187,6 +184,12 @@ def _listed(returned: Any) -> list[Any]:
             "a list with one number for each response"
         )
     return list(returned)
+
+
+def _numbers(scores: Sequence[Any], prompts: Sequence[Text], texts: Sequence[str]) -> Tensor:
+    """The scores as fp32 [B], each of them finite."""
+    numbers = [_number(score, index, prompts, texts) for index, score in enumerate(scores)]
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _number(score: Any, index: int, prompts: Sequence[Text], texts: Sequence[str]) -> float:

@@ -101,6 +101,12 @@ def test_a_part_that_fails_is_named() -> None:
         score_responses(reward, ROWS, TEXTS)
 
 
+def test_a_weighted_sum_beyond_float32_names_the_prompt() -> None:
+    reward = WeightedRewards({"huge": (lambda p, r: [0, 1e38, 0, 0, 0], 100.0)})
+    with pytest.raises(RewardError, match=r"response 2 of 5 is inf.*'prompt 1'"):
+        score_responses(reward, ROWS, TEXTS)
+
+
 @pytest.mark.parametrize(
     ("rewards", "error"),
     [({}, ValueError), ({"a": (length, float("inf"))}, ValueError), ({"a": (3, 1.0)}, TypeError)],
