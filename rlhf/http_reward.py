@@ -65,7 +65,7 @@ class HTTPReward:
         self.headers = {"Content-Type": "application/json", **(headers or {})}
 
     def __call__(
-        self, prompts: Sequence[Text], responses: Sequence[str], **columns: list[Any]
+        self, prompts: Sequence[Text], responses: Sequence[str], /, **columns: list[Any]
     ) -> list[float]:
         """The scores of responses.
 

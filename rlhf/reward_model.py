@@ -150,7 +150,7 @@ class RewardModel:
         return "A" if score_a > score_b else "B"
 
     def __call__(
-        self, prompts: Sequence[Text], responses: Sequence[str], **columns: Any
+        self, prompts: Sequence[Text], responses: Sequence[str], /, **columns: Any
     ) -> list[float]:
         """``score``, in the form of a reward function; other columns are not used."""
         return self.score(prompts, responses)

@@ -174,7 +174,7 @@ class HeuristicReward:
         return [self._score(*pair) for pair in zip(prompts, responses)]
 
     def __call__(
-        self, prompts: Sequence[Any], responses: Sequence[str], **columns: Any
+        self, prompts: Sequence[Any], responses: Sequence[str], /, **columns: Any
     ) -> list[float]:
         """The same as ``score``; other columns of the prompts are not looked at."""
         return self.score(prompts, responses)

@@ -62,7 +62,7 @@ class WeightedRewards:
         self.rewards = dict(rewards)
 
     def __call__(
-        self, prompts: Sequence[Text], responses: Sequence[str], **columns: list[Any]
+        self, prompts: Sequence[Text], responses: Sequence[str], /, **columns: list[Any]
     ) -> list[float]:
         """The weighted sums alone."""
         rows = [
@@ -86,7 +86,7 @@ def score_responses(reward: Reward, rows: Sequence[dict[str, Any]], texts: Seque
 
     Raises:
         RewardError: It raised, returned a wrong number of scores, or a score that is not a finite
-            number; the message names the prompt.
+            number; the message names the prompt. Or a column has the name of its first parameters.
     """
     return score_in_parts(reward, rows, texts)[0]
 
@@ -161,16 +161,20 @@ def _accepted_columns(reward: Reward, rows: Sequence[dict[str, Any]]) -> dict[st
     """The rows' other columns, as far as the reward can take them."""
     names = {name: None for row in rows for name in row if name != "prompt"}
     try:
-        parameters = inspect.signature(reward).parameters
+        parameters = list(inspect.signature(reward).parameters.values())
     except ValueError:  # written in C: no signature to read
         return {}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    taken = set(list(parameters)[:2])  # prompts and responses, whatever the reward calls them
-    return {
-        name: [row.get(name) for row in rows]
-        for name in names
-        if name not in taken and (takes_all or name in parameters)
-    }
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    # prompts and responses, whatever the reward calls them
+    taken = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
+    if takes_all and (clash := sorted(taken & names.keys())):
+        raise RewardError(
+            f"the data has a column {clash[0]!r}, and the reward has a parameter of that name for "
+            "the prompts or the responses; rename one of them, or let the reward begin with "
+            "(prompts, responses, /, ...), which takes such a column too"
+        )
+    named = {p.name for p in parameters[2:]}
+    return {name: [row.get(name) for row in rows] for name in names if takes_all or name in named}
 
 
 def _listed(returned: Any) -> list[Any]:

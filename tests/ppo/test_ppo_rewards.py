@@ -202,6 +202,8 @@ def test_an_endpoint_scores_in_batches_with_columns(serve: Any) -> None:
     assert server.requests[1]["prompts"] == ["prompt 2", "prompt 3"]
     assert server.requests[1]["columns"] == {"bonus": [2, 3]}
     assert server.requests[0]["key"] == "secret"
+    assert reward(["p"], ["abc"], responses=[3]) == [3]
+    assert server.requests[-1]["columns"] == {"responses": [3]}
 
 
 def test_a_command_line_names_an_endpoint(serve: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 
+from rlhf import HeuristicReward, WeightedRewards
 from rlhf.ppo.scoring import RewardError, check_reward, score_responses
 
 ROWS = [{"prompt": "first prompt", "topic": "a"}, {"prompt": "second prompt", "topic": "b"}]
@@ -97,3 +98,26 @@ def test_columns_go_to_rewards_that_take_them() -> None:
     }
     assert score_responses(named, ROWS, TEXTS).tolist() == [0.0, 1.0]
     assert score_responses(none, ROWS, TEXTS).tolist() == [3.0, 4.0]
+
+
+def test_a_column_called_like_a_rewards_own_parameter_is_never_lost() -> None:
+    rows = [{**row, "responses": n} for n, row in enumerate(ROWS)]
+
+    def clashing(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+        return [0.0, 0.0]
+
+    def apart(prompts: list[str], responses: list[str], /, **columns: Any) -> list[float]:
+        return [float(n) for n in columns["responses"]]
+
+    def none(prompts: list[str], responses: list[str]) -> list[float]:
+        return [3.0, 4.0]
+
+    with pytest.raises(RewardError, match=r"has a column 'responses', .*; rename one of them"):
+        score_responses(clashing, rows, TEXTS)
+    assert score_responses(apart, rows, TEXTS).tolist() == [0.0, 1.0]
+    assert score_responses(none, rows, TEXTS).tolist() == [3.0, 4.0]
+    assert score_responses(WeightedRewards({"it": (apart, 2.0)}), rows, TEXTS).tolist() == [
+        0.0,
+        2.0,
+    ]
+    score_responses(HeuristicReward(), rows, TEXTS)  # takes columns and looks at none
