@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 
 from rlhf.data import Text
 from rlhf.engine.batching import chunks
@@ -16,6 +17,7 @@ from rlhf.ppo.scoring import RewardError, shorten
 
 # A score is a few bytes; an answer of this size is something else.
 LARGEST_ANSWER = 16 << 20
+PIECE = 64 << 10  # bytes that are read at a time
 LONGEST_WAIT = 30.0
 
 
@@ -28,12 +30,12 @@ class HTTPReward:
 
     Each request is a POST of the JSON ``{"prompts": [...], "responses": [...], "columns": {...}}``;
     the answer is ``{"scores": [...]}``, one finite number for each response. A connection that
-    fails, a timeout, status 429 and any 5xx are tried again, after 0.5, 1, 2, ... seconds; anything
-    else that is no answer is an error at once. Redirects are not followed.
+    fails or breaks off, a timeout, status 429 and any 5xx are tried again, after 0.5, 1, 2, ...
+    seconds; anything else that is no answer is an error at once. Redirects are not followed.
 
     Args:
         url: http or https.
-        timeout: Seconds for an answer.
+        timeout: Seconds for an answer, which must be complete by then.
         retries: How often to ask again.
         batch_size: Responses in one request; None for all.
         headers: Sent with each request, an authorisation, say.
@@ -104,6 +106,7 @@ class HTTPReward:
         ) from reason
 
     def _post(self, body: bytes) -> bytes:
+        deadline = time.monotonic() + self.timeout
         with requests.post(
             self.url,
             data=body,
@@ -112,16 +115,30 @@ class HTTPReward:
             allow_redirects=False,
             stream=True,
         ) as answer:
-            content = answer.raw.read(LARGEST_ANSWER + 1, decode_content=True)
             status = f"status {answer.status_code} {answer.reason}"
             if answer.status_code == 429 or answer.status_code >= 500:
                 raise Unavailable(status)
+            content = self._read(answer, deadline)
             if answer.status_code != 200:
                 text = content[:200].decode("utf-8", "replace")
                 raise RewardError(f"{self.url} answered with {status}: {text!r}")
-            if len(content) > LARGEST_ANSWER:
-                raise RewardError(f"{self.url} answered with more than {LARGEST_ANSWER} bytes")
             return content
+
+    def _read(self, answer: requests.Response, deadline: float) -> bytes:
+        """The body of an answer, as it comes in: one that drips is not waited for either."""
+        content = bytearray()
+        try:
+            while piece := answer.raw.read1(PIECE, decode_content=True):
+                content += piece
+                if len(content) > LARGEST_ANSWER:
+                    raise RewardError(f"{self.url} answered with more than {LARGEST_ANSWER} bytes")
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"its answer was not complete after {self.timeout:g} seconds")
+        except urllib3.exceptions.DecodeError as error:
+            raise RewardError(f"{self.url} answered with a broken encoding: {error}") from error
+        except urllib3.exceptions.HTTPError as error:  # requests passes these on as they are
+            raise Unavailable(f"its answer broke off: {error}") from error
+        return bytes(content)
 
     def _scores(self, content: bytes, request: dict[str, Any]) -> list[float]:
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import IO, Any
 
 import pytest
 import torch
@@ -149,6 +150,8 @@ class Server:
 
     def __init__(self, answers: Callable[[int, dict[str, Any]], tuple[int, bytes]]) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.headers: dict[str, str] = {}
+        self.write: Callable[[IO[bytes], bytes], Any] = lambda file, content: file.write(content)
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -160,13 +163,16 @@ class Server:
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+                for name, value in server.headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(OSError):  # the client has gone
+                    server.write(self.wfile, content)
 
             def log_message(self, *args: Any) -> None: ...
 
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/score"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -246,6 +252,44 @@ def test_a_timeout_is_tried_again_and_then_named(serve: Any) -> None:
     with pytest.raises(RewardError, match=r"2 attempts; .*[Tt]imed out"):
         HTTPReward(server.url, timeout=0.1, retries=1)(["p"], ["r"])
     release.set()
+
+
+@pytest.mark.parametrize("flaw", ["cut", "stalled", "dripping"])
+def test_an_answer_that_breaks_off_is_asked_for_again(serve: Any, flaw: str) -> None:
+    ended = threading.Event()
+    server = serve(lambda number, request: (200, right(number, request)[1] + b" " * 200))
+
+    def write(file: IO[bytes], content: bytes) -> None:
+        if len(server.requests) > 1:
+            file.write(content)
+        elif flaw == "dripping":  # never silent for as long as the timeout
+            for place in range(len(content)):
+                file.write(content[place : place + 1])
+                ended.wait(0.02)
+        else:
+            file.write(content[:5])
+            ended.wait(20 if flaw == "stalled" else 0)
+
+    server.write = write
+    assert HTTPReward(server.url, timeout=0.5)(["p"], ["abc"]) == [3]
+    assert len(server.requests) > 1
+    ended.set()
+
+
+def test_an_answer_that_always_breaks_off_is_named(serve: Any) -> None:
+    server = serve(right)
+    server.write = lambda file, content: file.write(content[:5])
+    with pytest.raises(RewardError, match=r"2 attempts; the last: its answer broke off"):
+        HTTPReward(server.url, retries=1)(["p"], ["r"])
+    assert len(server.requests) == 2
+
+
+def test_an_answer_in_a_broken_encoding_is_an_error_at_once(serve: Any) -> None:
+    server = serve(right)
+    server.headers["Content-Encoding"] = "gzip"
+    with pytest.raises(RewardError, match="broken encoding"):
+        HTTPReward(server.url)(["p"], ["r"])
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
