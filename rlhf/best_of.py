@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.data import ChatFormat, Text, prepare_tokenizer
+from rlhf.data import ChatFormat, Prompt, prepare_tokenizer
 from rlhf.engine import MAX_SEED, check_number
-from rlhf.models import check_token_ids, context_length, load_causal_lm, load_tokenizer
+from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.ppo.generation import GenerationSettings, generate
-from rlhf.ppo.prompts import check_room_for_reward, encode_prompts, read_prompts
+from rlhf.ppo.prompts import prepare_prompts, read_prompts, repeat_each
 from rlhf.ppo.scoring import Reward, check_reward, score_responses
 
 
@@ -30,7 +30,7 @@ class BestOfN:
         candidates: All n as (text, score), in the order in which they were sampled.
     """
 
-    prompt: Text
+    prompt: Prompt
     best: str
     best_score: float
     candidates: list[tuple[str, float]]
@@ -51,8 +51,8 @@ def best_of_n(
 
     Args:
         policy: A causal model: an id, a folder or an object.
-        prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows or texts. Columns
-            beside the prompt go to the reward.
+        prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows, texts or token ids.
+            Columns beside the prompt go to the reward.
         reward: A ``RewardModel`` or a callable ``(prompts, responses, **columns)``.
         n: Responses to each prompt.
         tokenizer: An id, a folder or a tokenizer; None: the one that lies with the policy, which is
@@ -80,19 +80,18 @@ def best_of_n(
     prepare_tokenizer(tokenizer)
     rows = read_prompts(prompts)
     source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
-    longest = settings.max_new_tokens
-    check_room_for_reward(rows, reward, max_new_tokens=longest, source=source)
     model = load_causal_lm(policy)
-    prompt_ids = encode_prompts(
+    scored, prompt_ids = prepare_prompts(
         rows,
         ChatFormat(tokenizer, template),
-        max_new_tokens=longest,
+        model,
+        reward,
+        max_new_tokens=settings.max_new_tokens,
         context=context_length(model),
         source=source,
     )
-    check_token_ids(prompt_ids, model)
     texts = generate(model, tokenizer, prompt_ids, settings, seed=seed, num_return=n).texts
-    scores = score_responses(reward, [row for row in rows for _ in range(n)], texts).tolist()
+    scores = score_responses(reward, repeat_each(scored, n), texts).tolist()
     candidates = list(zip(texts, scores))
     return [
         rank(row["prompt"], candidates[start : start + n])
@@ -100,7 +99,7 @@ def best_of_n(
     ]
 
 
-def rank(prompt: Text, candidates: list[tuple[str, float]]) -> BestOfN:
+def rank(prompt: Prompt, candidates: list[tuple[str, float]]) -> BestOfN:
     """One prompt's result."""
     text, score = max(candidates, key=lambda candidate: candidate[1])
     return BestOfN(prompt, text, score, candidates)

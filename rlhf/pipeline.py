@@ -27,7 +27,13 @@ from rlhf.engine import check_config
 from rlhf.engine.resume import fingerprint
 from rlhf.models import causal_config, context_length, length_limit, load_tokenizer
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo.prompts import PromptRow, check_room_to_close, encode_prompts, read_prompts
+from rlhf.ppo.prompts import (
+    PromptRow,
+    check_room_to_close,
+    encode_prompts,
+    read_prompts,
+    rows_for_reward,
+)
 from rlhf.reward import (
     RewardConfig,
     RewardModel,
@@ -213,7 +219,7 @@ class RLHFPipeline:
                 "source": source,
             }
             encode_prompts(rows, chat_format, **room)
-            check_room_to_close(rows, chat_format, **room)
+            check_room_to_close(rows_for_reward(rows, chat_format), chat_format, **room)
 
         self._check(read_prompts, encode, "prompts")
 

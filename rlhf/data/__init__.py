@@ -21,7 +21,7 @@ from rlhf.data.formats import Demonstration, to_demonstrations, to_preferences, 
 from rlhf.data.preferences import PreferenceDataset, PreferencePair, TiedComparison
 from rlhf.data.reading import load_as, load_rows, source_name, split_slice
 from rlhf.data.split import split_holdout
-from rlhf.data.types import Message, Text
+from rlhf.data.types import Message, Prompt, Text
 
 __all__ = [
     "AgreementStats",
@@ -33,6 +33,7 @@ __all__ = [
     "Message",
     "PreferenceDataset",
     "PreferencePair",
+    "Prompt",
     "Text",
     "TiedComparison",
     "agreement_stats",

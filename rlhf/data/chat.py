@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rlhf.data.errors import DataError
@@ -95,6 +96,15 @@ class ChatFormat:
     def special_tokens_in(self, text: str) -> list[str]:
         """The special tokens that ``text`` spells; they are encoded as ordinary characters."""
         return list(dict.fromkeys(self._special.findall(text))) if self._special else []
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest of the tokenizer's ids."""
+        return max(self.tokenizer.get_vocab().values())
+
+    def prompt_text(self, ids: list[int]) -> str:
+        """The text of a prompt's ids, without special tokens."""
+        return self._decode(ids, special=False)
 
     def decode_completion(self, ids: list[int], *, special: bool = False) -> str:
         """The text of completion ids, exactly as it continues a prompt; special tokens are left

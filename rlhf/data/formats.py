@@ -12,11 +12,13 @@ from rlhf.data.errors import DataError
 from rlhf.data.preferences import PreferencePair
 from rlhf.data.types import (
     Message,
+    Prompt,
     Text,
     as_list,
     check_completion,
     check_messages,
     check_prompt,
+    check_prompt_or_ids,
     check_string,
     describe,
     prompt_messages,
@@ -115,15 +117,15 @@ def to_preferences(
 
 
 def to_prompts(
-    rows: Iterable[Row | str], source: str = "data", first_row: int = 1
+    rows: Iterable[Row | str | list[int]], source: str = "data", first_row: int = 1
 ) -> list[dict[str, Any]]:
-    """Prompts alone, each ``{"prompt": Text, **other columns}``, from rows in one of the forms
+    """Prompts alone, each ``{"prompt": Prompt, **other columns}``, from rows in one of the forms
 
-    - ``prompt``: text or messages that end with the user's turn;
+    - ``prompt``: text, messages that end with the user's turn, or token ids;
     - ``instruction``[, ``input``];
     - ``messages``: an assistant's last turn is left out;
     - ``chosen``, ``rejected``: the prompt that they share;
-    - a text that is the prompt itself.
+    - a text, or a list of token ids, that is the prompt itself.
 
     ``first_row`` is the number of the first row in the source.
 
@@ -132,7 +134,7 @@ def to_prompts(
     """
     given = as_list(rows, source)
     rows = _listed(
-        [{"prompt": row} if isinstance(row, str) else row for row in given], source, first_row
+        [{"prompt": row} if _is_prompt(row) else row for row in given], source, first_row
     )
     columns = _columns(rows)
     if {"chosen", "rejected"} <= columns and not columns & {"prompt", "instruction", "messages"}:
@@ -141,7 +143,7 @@ def to_prompts(
 
     def convert(row: Row, number: int) -> dict[str, Any]:
         if "prompt" in columns:
-            return _prompt_row(row, _prompt_cell(row))
+            return _prompt_row(row, check_prompt_or_ids(_cell(row, "prompt")))
         if "instruction" in columns:
             return _prompt_row(row, _instruction(row), "instruction", "input")
         return _prompt_row(row, _opening(row), "messages")
@@ -232,7 +234,14 @@ def _opening(row: Row) -> Text:
     return check_prompt(messages, "messages without the last answer")
 
 
-def _prompt_row(row: Row, prompt: Text, *used: str) -> dict[str, Any]:
+def _is_prompt(row: Any) -> bool:
+    """Whether a row is no row but a prompt: a text or token ids."""
+    return isinstance(row, str) or (
+        isinstance(row, list) and isinstance(next(iter(row), None), int)
+    )
+
+
+def _prompt_row(row: Row, prompt: Prompt, *used: str) -> dict[str, Any]:
     others = {name: value for name, value in row.items() if name not in ("prompt", *used)}
     return {"prompt": prompt, **others}
 

@@ -1,19 +1,22 @@
 """Messages, texts and the checks that both share.
 
 A prompt is a ``Text``: plain text, which a template renders as one user turn, or a list of
-messages. A completion is plain text, which is one assistant turn, or a list of messages.
+messages; a policy's prompt may also be token ids. A completion is plain text, which is one
+assistant turn, or a list of messages.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from rlhf.data.errors import DataError
 
 Message = dict[str, str]
 Text = str | list[Message]
+Prompt = Text | list[int]
 
 ROLES = ("system", "user", "assistant")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
@@ -98,6 +101,20 @@ def check_prompt(value: Any, what: str = "prompt") -> Text:
             f"{what} ends with the {messages[-1]['role']}'s message; it must end with the user's."
         )
     return messages
+
+
+def check_prompt_or_ids(value: Any, what: str = "prompt") -> Prompt:
+    """A prompt as ``check_prompt`` takes it, or token ids, which no tokenizer has seen yet."""
+    if not isinstance(value, list | tuple) or not any(isinstance(item, Real) for item in value):
+        return check_prompt(value, what)
+    for number, item in enumerate(value, start=1):
+        # A table that holds one fraction holds fractions alone, so 1.0 is 1.
+        is_number = isinstance(item, Real) and not isinstance(item, bool)
+        if not (is_number and item >= 0 and item % 1 == 0):
+            raise DataError(
+                f"token {number} of {what} is {item!r}; token ids are whole numbers of at least 0."
+            )
+    return [int(item) for item in value]
 
 
 def check_completion(

@@ -94,7 +94,7 @@ class Experience(Sequences):
 
     Attributes:
         ended: bool [B], whether the response ended by itself: at an EOS, a stop id or string.
-        prompts: The rows ``{"prompt": ..., **columns}``. texts: The responses' texts.
+        prompts: The rows ``{"prompt": ..., **columns}`` that the reward got. texts: The responses'.
         scores: fp32 [B], what the reward returned.
         logprobs: fp32 [B, T], under the policy that sampled, at the training temperature; 0 where
             response_mask is False, as in all that follow.

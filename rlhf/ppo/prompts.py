@@ -8,17 +8,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from rlhf.data import ChatFormat, DataError, load_as, to_prompts
-from rlhf.models import context_length
+from rlhf.data import ChatFormat, DataError, Prompt, load_as, to_prompts
+from rlhf.models import check_token_ids, context_length
 from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.seeds import derive_seed
 
 Item = TypeVar("Item")
-PromptRow = dict[str, Any]  # {"prompt": Text, **other columns, which go to the reward}
+PromptRow = dict[str, Any]  # {"prompt": Prompt, **other columns, which go to the reward}
 
 
 def read_prompts(source: Any) -> list[PromptRow]:
-    """Rows from a file, a folder or a hub name (or a slice of one), or a list of rows or texts.
+    """Rows from a file, a folder or a hub name (or a slice of one), or a list of rows, texts or
+    token ids.
 
     Raises:
         DataError: naming source and row.
@@ -31,6 +32,30 @@ def read_prompts(source: Any) -> list[PromptRow]:
 def repeat_each(items: Sequence[Item], copies: int) -> list[Item]:
     """Each item so many times in a row."""
     return [item for item in items for _ in range(copies)]
+
+
+def prepare_prompts(
+    rows: Sequence[PromptRow],
+    chat_format: ChatFormat,
+    policy: Any,
+    reward: Any,
+    *,
+    max_new_tokens: int,
+    context: int | None,
+    source: str,
+) -> tuple[list[PromptRow], list[list[int]]]:
+    """The rows as the reward gets them, and the prompts' token ids; both checked.
+
+    Raises:
+        DataError: As ``encode_prompts`` and ``check_room_for_reward``.
+        ModelError: The tokenizer gives ids that the policy does not know.
+    """
+    room: dict[str, Any] = {"max_new_tokens": max_new_tokens, "source": source}
+    encoded = encode_prompts(rows, chat_format, context=context, **room)
+    check_token_ids(encoded, policy, "the policy")
+    rows = rows_for_reward(rows, chat_format)
+    check_room_for_reward(rows, reward, **room)
+    return rows, encoded
 
 
 def encode_prompts(
@@ -51,12 +76,13 @@ def encode_prompts(
         source: What to call the rows in errors.
 
     Raises:
-        DataError: naming the row of a prompt that is too long or cannot be rendered.
+        DataError: naming the row of a prompt that is too long or cannot be rendered, or that has a
+            token id which the tokenizer does not have.
     """
     encoded = []
     for number, row in enumerate(rows, start=1):
         try:
-            ids = chat_format.prompt_ids(row["prompt"])
+            ids = _ids_of(row["prompt"], chat_format)
         except DataError as error:
             raise error.at(source, number) from error
         if context is not None and len(ids) + max_new_tokens > context:
@@ -68,6 +94,37 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def _ids_of(prompt: Any, chat_format: ChatFormat) -> list[int]:
+    if not is_token_ids(prompt):
+        return chat_format.prompt_ids(prompt)
+    if max(prompt) > chat_format.largest_id:
+        raise DataError(
+            f"the prompt has the token id {max(prompt)}, and the policy's tokenizer has none above "
+            f"{chat_format.largest_id}; make the ids with that tokenizer."
+        )
+    return list(prompt)
+
+
+def is_token_ids(prompt: Prompt) -> bool:
+    """Whether a prompt was given as token ids."""
+    return isinstance(prompt, list) and isinstance(prompt[0], int)
+
+
+def rows_for_reward(rows: Sequence[PromptRow], chat_format: ChatFormat) -> list[PromptRow]:
+    """The rows with texts or messages as prompts: token ids as their text, for whoever reads it.
+
+    Args:
+        rows: Whose ids ``encode_prompts`` has checked.
+        chat_format: Turns the ids into text.
+    """
+    return [
+        {**row, "prompt": chat_format.prompt_text(row["prompt"])}
+        if is_token_ids(row["prompt"])
+        else row
+        for row in rows
+    ]
 
 
 def check_room_for_reward(

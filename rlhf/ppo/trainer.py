@@ -20,7 +20,7 @@ from rlhf.engine import (
 )
 from rlhf.engine.randomness import keeping_random_state_on_error
 from rlhf.engine.resume import fingerprint, ids_fingerprint
-from rlhf.models import check_token_ids, load_tokenizer
+from rlhf.models import load_tokenizer
 from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import evaluate, warn_if_none_is_best
@@ -32,8 +32,7 @@ from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
     PromptRow,
-    check_room_for_reward,
-    encode_prompts,
+    prepare_prompts,
     read_prompts,
     repeat_each,
 )
@@ -66,8 +65,8 @@ class PPOTrainer(Resumable):
         policy: A causal model: an id, a folder or an object, which is trained in place.
         tokenizer: An id, a folder or a tokenizer; None: the one that lies with the policy, which is
             then an id or a folder.
-        prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows or texts. Columns
-            beside the prompt go to the reward.
+        prompts: A file, a folder, a hub name, a ``Dataset``, or a list of rows, texts or token ids.
+            Columns beside the prompt go to the reward.
         reward: A ``RewardModel`` or a callable ``(prompts, responses, **columns)`` that returns one
             finite number for each response.
         critic: A model with one score per position: an id, a folder or an object, which is trained
@@ -120,9 +119,9 @@ class PPOTrainer(Resumable):
 
         self.rows = read_prompts(prompts)
         source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
-        prompt_ids = self._encode(self.rows, source)
-        self.eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
-        self.eval_ids = self._encode(self.eval_rows, "eval_prompts")
+        _, prompt_ids = self._encode(self.rows, source)
+        eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
+        self.eval_rows, self.eval_ids = self._encode(eval_rows, "eval_prompts")
         warn_if_none_is_best(config, self.eval_rows)
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
@@ -302,7 +301,7 @@ class PPOTrainer(Resumable):
         return self._stopped or self.updates_done >= self.config.total_updates
 
     @keeping_random_state_on_error()
-    def rollout(self, prompts: Sequence[PromptRow | str]) -> Experience:
+    def rollout(self, prompts: Sequence[PromptRow | str | list[int]]) -> Experience:
         """Sample ``responses_per_prompt`` responses to each prompt, one after another, and work out
         all that an update needs.
 
@@ -312,7 +311,7 @@ class PPOTrainer(Resumable):
             DataError: A prompt is malformed or too long.
         """
         rows = read_prompts(prompts)
-        encoded = self._encode(rows, "prompts of this rollout")
+        rows, encoded = self._encode(rows, "prompts of this rollout")
         copies = self.config.responses_per_prompt
         rows, encoded = repeat_each(rows, copies), repeat_each(encoded, copies)
         check_share(len(rows), self.world)
@@ -378,14 +377,18 @@ class PPOTrainer(Resumable):
     def _critic_folder(self) -> Path:
         return Path(self.config.output_dir) / "critic"
 
-    def _encode(self, rows: Sequence[PromptRow], source: str) -> list[list[int]]:
-        longest, context = self.config.max_new_tokens, self.context
-        check_room_for_reward(rows, self.reward, max_new_tokens=longest, source=source)
-        encoded = encode_prompts(
-            rows, self.chat_format, max_new_tokens=longest, context=context, source=source
+    def _encode(
+        self, rows: Sequence[PromptRow], source: str
+    ) -> tuple[list[PromptRow], list[list[int]]]:
+        return prepare_prompts(
+            rows,
+            self.chat_format,
+            self.policy,
+            self.reward,
+            max_new_tokens=self.config.max_new_tokens,
+            context=self.context,
+            source=source,
         )
-        check_token_ids(encoded, self.policy, "the policy")
-        return encoded
 
     def _sample(self, prompt_ids: list[list[int]]) -> Generated:
         config = self.config

@@ -218,6 +218,14 @@ def test_prompts_keep_other_columns() -> None:
     assert to_prompts(["a", "b"]) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
+def test_prompts_may_be_token_ids() -> None:
+    rows = [{"prompt": [1, 5, 6], "topic": 1}, {"prompt": "a"}, {"prompt": [USER]}]
+    assert to_prompts(rows) == rows
+    assert to_prompts([[1, 5, 6], "a"]) == [{"prompt": [1, 5, 6]}, {"prompt": "a"}]
+    with pytest.raises(DataError, match="message 1 of prompt"):  # only a policy takes ids
+        to_preferences([{"prompt": [1], "chosen": "a", "rejected": "b"}])
+
+
 def test_prompts_of_conversations_and_pairs() -> None:
     assert to_prompts([{"messages": [SYSTEM, USER, ANSWER], "n": 1}]) == [
         {"prompt": [SYSTEM, USER], "n": 1}
@@ -241,6 +249,11 @@ def test_prompts_of_conversations_and_pairs() -> None:
             "message 1 of messages has the unknown",
         ),
         ({"prompt": [ANSWER]}, "must end with the user's"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": [1, -2]}, "token 2 of prompt is -2; token ids are whole numbers"),
+        ({"prompt": [1.0, 2.5]}, r"token 2 of prompt is 2\.5"),
+        ({"prompt": [1, "a"]}, "token 2 of prompt is 'a'"),
+        ({"prompt": [1, True]}, "token 2 of prompt is True"),
         ({"messages": [ANSWER]}, "holds no prompt"),
         ({"messages": [SYSTEM, ANSWER]}, "must end with the user's"),
     ],

@@ -32,6 +32,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., PPOTrainer]:
         critic: Any = None,
         reference: Any = None,
         tokenizer: Any = None,
+        eval_prompts: Any = None,
         critic_choice: str = "auto",
         **settings: Any,
     ) -> PPOTrainer:
@@ -57,6 +58,7 @@ def make_trainer(tmp_path: Path) -> Callable[..., PPOTrainer]:
             reward,
             critic,
             reference,
+            eval_prompts=eval_prompts,
         )
 
     return make

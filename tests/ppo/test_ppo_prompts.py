@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny_llama, tiny_tokenizer
 from tiny_policy import make_policy
 
@@ -14,6 +18,7 @@ from rlhf.data import ChatFormat, DataError
 from rlhf.models import scalar_model_from_causal
 from rlhf.ppo import GenerationSettings
 from rlhf.ppo.prompts import PromptOrder, encode_prompts, read_prompts
+from rlhf.ppo.samples import samples_of
 from rlhf.ppo.seeds import derive_seed
 from rlhf.reward_model import RewardModel
 
@@ -76,6 +81,73 @@ def test_the_reward_models_context_is_checked_before_anything_runs(make_trainer:
             tokenizer=tokenizer,
             settings=GenerationSettings(max_new_tokens=10),
         )
+
+
+def write_prompts(path: Path, prompts: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+TEXTS = ["w1", "w1 w2 w3 w4 w5 w6", "w7"]
+IDS = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["function", "reward model"])
+def test_prompts_as_ids_are_those_of_their_texts(
+    make_trainer: Any, tmp_path: Path, judged: bool
+) -> None:
+    """The same rollout and evaluation, and everyone reads the text."""
+    seen = []
+
+    def length(prompts: list[Any], responses: list[str]) -> list[float]:
+        seen.append(prompts)
+        return [float(len(prompt + text)) for prompt, text in zip(prompts, responses)]
+
+    reward = make_judge(64) if judged else length
+    file = write_prompts(tmp_path / "ids.jsonl", IDS)
+    forms = TEXTS, IDS, [{"prompt": ids} for ids in IDS], file
+    trainers = [make_trainer(prompts=form, eval_prompts=form, reward=reward) for form in forms]
+    expected, *made = [trainer.rollout(next(trainer.prompts)) for trainer in trainers]
+    for experience in made:
+        for name in ("prompt_ids", "responses", "scores", "advantages"):
+            assert torch.equal(getattr(experience, name), getattr(expected, name)), name
+        assert experience.prompts == expected.prompts
+        assert samples_of(experience, 3) == samples_of(expected, 3)
+    figures, *others = [trainer.evaluate() for trainer in trainers]
+    assert others == [figures] * 3
+    assert seen[4:] == ([] if judged else [TEXTS] * 4)
+
+
+def test_best_of_n_takes_ids() -> None:
+    def texts_of(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [float(len(prompt)) for prompt in prompts]
+
+    settings = GenerationSettings(max_new_tokens=10)
+    options: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "settings": settings}
+    options["template"] = "none"
+    by_text, by_ids = (best_of_n(make_policy(), p, texts_of, 2, **options) for p in (TEXTS, IDS))
+    assert [result.candidates for result in by_ids] == [result.candidates for result in by_text]
+    assert [result.prompt for result in by_ids] == IDS
+
+
+def test_ids_are_taken_as_they_are_under_any_template(make_trainer: Any) -> None:
+    prompts = [[3, 8, 2], [3]]  # <end> w1 <start>, <end>; of these <end> is special
+    trainer = make_trainer(prompts=prompts, template="auto")
+    made = trainer.rollout([*prompts, "w1"])
+    assert made.prompt_ids[0][made.prompt_mask[0]].tolist() == [3, 8, 2]
+    assert [row["prompt"] for row in made.prompts] == ["w1 <start>", "", "w1"]
+
+
+def test_an_id_that_the_tokenizer_does_not_have_names_file_and_row(
+    make_trainer: Any, tmp_path: Path
+) -> None:
+    largest = len(tiny_tokenizer()) - 1
+    make_trainer(prompts=[[largest]])
+    file = write_prompts(tmp_path / "ids.jsonl", [[1], [2, 2**40, 3]])
+    with pytest.raises(DataError, match=rf"ids\.jsonl, row 2: .* id {2**40}, .* above {largest}"):
+        make_trainer(prompts=file)
+    with pytest.raises(DataError, match="row 2: the prompt has 60 tokens"):
+        make_trainer(prompts=[[1], [8] * 60])
 
 
 def test_a_prompt_with_an_unknown_role_names_its_row(make_trainer: Any) -> None:

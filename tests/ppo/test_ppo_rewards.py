@@ -141,7 +141,7 @@ def test_a_reward_model_reads_texts_with_its_own_tokenizer_and_template(make_tra
     assert experience.scores.std() > 0.01
     with pytest.raises(DataError, match="for the reward model"):  # also as one of several
         make_trainer(
-            reward=WeightedRewards({"model": (reward, 1.0)}), prompts=["w1 " * 60], policy=None
+            reward=WeightedRewards({"model": (reward, 1.0)}), prompts=["w1 " * 54], policy=None
         )
 
 
