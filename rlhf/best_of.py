@@ -7,7 +7,6 @@ of at most log n - (n - 1)/n from the policy (Stiennon et al. 2020, arXiv 2009.0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from rlhf.data import ChatFormat, Prompt, prepare_tokenizer
 from rlhf.engine import MAX_SEED, check_number
 from rlhf.models import context_length, load_causal_lm, load_tokenizer
 from rlhf.ppo.generation import GenerationSettings, generate
-from rlhf.ppo.prompts import prepare_prompts, read_prompts, repeat_each
+from rlhf.ppo.prompts import name_of_prompts, prepare_prompts, read_prompts, repeat_each
 from rlhf.ppo.scoring import Reward, check_reward, score_responses
 
 
@@ -79,7 +78,6 @@ def best_of_n(
     tokenizer = load_tokenizer(tokenizer, policy)
     prepare_tokenizer(tokenizer)
     rows = read_prompts(prompts)
-    source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
     model = load_causal_lm(policy)
     scored, prompt_ids = prepare_prompts(
         rows,
@@ -88,7 +86,7 @@ def best_of_n(
         reward,
         max_new_tokens=settings.max_new_tokens,
         context=context_length(model),
-        source=source,
+        source=name_of_prompts(prompts),
     )
     texts = generate(model, tokenizer, prompt_ids, settings, seed=seed, num_return=n).texts
     scores = score_responses(reward, repeat_each(scored, n), texts).tolist()

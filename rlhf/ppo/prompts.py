@@ -17,16 +17,21 @@ Item = TypeVar("Item")
 PromptRow = dict[str, Any]  # {"prompt": Prompt, **other columns, which go to the reward}
 
 
-def read_prompts(source: Any) -> list[PromptRow]:
+def read_prompts(source: Any, called: str = "prompts") -> list[PromptRow]:
     """Rows from a file, a folder or a hub name (or a slice of one), or a list of rows, texts or
-    token ids.
+    token ids, which errors call ``called``.
 
     Raises:
         DataError: naming source and row.
     """
     if isinstance(source, str | Path):
         return load_as(source, to_prompts)
-    return to_prompts(source, "prompts")
+    return to_prompts(source, called)
+
+
+def name_of_prompts(source: Any, called: str = "prompts") -> str:
+    """What errors call prompts that are read: their file, folder or name, else ``called``."""
+    return str(source) if isinstance(source, str | Path) else called
 
 
 def repeat_each(items: Sequence[Item], copies: int) -> list[Item]:

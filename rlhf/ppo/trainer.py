@@ -32,6 +32,7 @@ from rlhf.ppo.models import PPOModels
 from rlhf.ppo.prompts import (
     PromptOrder,
     PromptRow,
+    name_of_prompts,
     prepare_prompts,
     read_prompts,
     repeat_each,
@@ -118,10 +119,10 @@ class PPOTrainer(Resumable):
         self.models, self.context = models, models.context
 
         self.rows = read_prompts(prompts)
-        source = str(prompts) if isinstance(prompts, str | Path) else "prompts"
-        _, prompt_ids = self._encode(self.rows, source)
-        eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts)
-        self.eval_rows, self.eval_ids = self._encode(eval_rows, "eval_prompts")
+        _, prompt_ids = self._encode(self.rows, name_of_prompts(prompts))
+        eval_rows = [] if eval_prompts is None else read_prompts(eval_prompts, "eval_prompts")
+        eval_name = name_of_prompts(eval_prompts, "eval_prompts")
+        self.eval_rows, self.eval_ids = self._encode(eval_rows, eval_name)
         warn_if_none_is_best(config, self.eval_rows)
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 

@@ -132,9 +132,14 @@ def test_evaluation_draws_the_same_each_time_and_greedy_draws_nothing(make_train
     assert greedy[0] == greedy[1] != sampled.evaluate()
 
 
-def test_an_eval_prompt_that_is_too_long_is_named(make_trainer: Any) -> None:
-    with pytest.raises(DataError, match="eval_prompts, row 2"):
-        trainer_with(make_trainer, eval_prompts=["w1", "w2 " * 60])
+def test_an_eval_prompt_that_does_not_fit_is_named(make_trainer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "held out.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("w1", "w2 " * 60)))
+    for prompts, name in (["w1", "w2 " * 60], "eval_prompts"), (str(file), r"held out\.jsonl"):
+        with pytest.raises(DataError, match=f"{name}, row 2: the prompt has 60 tokens"):
+            trainer_with(make_trainer, eval_prompts=prompts)
+    with pytest.raises(DataError, match="eval_prompts, row 2: prompt is empty"):
+        trainer_with(make_trainer, eval_prompts=["w1", ""])
 
 
 def test_the_checkpoint_with_the_best_evaluation_is_kept(make_trainer: Any) -> None:
