@@ -247,11 +247,12 @@ def _prompt_row(row: Row, prompt: Prompt, *used: str) -> dict[str, Any]:
 
 
 def _cell(row: Row, name: str) -> Any:
-    if name not in row:
-        raise DataError(f"the column {name!r} is missing; fill it in or remove the row.")
-    if row[name] is None:
-        raise DataError(f"{name} is null; fill it in or remove the row.")
-    return row[name]
+    if row.get(name) is not None:
+        return row[name]
+    # A table gives each row all columns, with null for those that it was given without.
+    flaw = f"{name} is null or missing" if name in row else f"the column {name!r} is missing"
+    others = ", ".join(other for other, value in row.items() if value is not None)
+    raise DataError(f"{flaw}; the row has {others or 'nothing'}. Fill it in or remove the row.")
 
 
 def _metadata(row: Row) -> dict[str, Any]:

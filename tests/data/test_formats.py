@@ -218,6 +218,14 @@ def test_prompts_keep_other_columns() -> None:
     assert to_prompts(["a", "b"]) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
+def test_a_mistyped_column_is_named_beside_the_missing_one() -> None:
+    rows = [{"prompt": "a", "n": 1}, {"promt": "b", "n": 2}]
+    with pytest.raises(DataError, match="row 2: the column 'prompt' is missing; the row has promt"):
+        to_prompts(rows)
+    with pytest.raises(DataError, match="row 2: prompt is null or missing; the row has n, promt"):
+        to_prompts(load_rows(rows))
+
+
 def test_prompts_may_be_token_ids() -> None:
     rows = [{"prompt": [1, 5, 6], "topic": 1}, {"prompt": "a"}, {"prompt": [USER]}]
     assert to_prompts(rows) == rows
@@ -239,7 +247,7 @@ def test_prompts_of_conversations_and_pairs() -> None:
     ("row", "message"),
     [
         ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": None}, "prompt is null"),
+        ({"prompt": None}, "prompt is null or missing; the row has nothing"),
         (
             {"prompt": [{"role": "robot", "content": "a"}]},
             "unknown role 'robot'; use one of system",
