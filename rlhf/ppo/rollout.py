@@ -144,7 +144,17 @@ def estimate_advantages(
         config: Settings.
         shaper: Of the scores; it remembers nothing of these.
         kl_coef: Weight of the KL penalty.
+
+    Raises:
+        ValueError: A score is NaN or infinite.
     """
+    bad = (~experience.scores.isfinite()).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"scores[{row}] of the experience is {experience.scores[row].item()}; whoever changes "
+            "scores must leave a finite number for each response"
+        )
     mask = experience.response_mask
     estimate = config.estimator(
         Episodes(

@@ -218,6 +218,17 @@ def test_changed_scores_count_once_advantages_are_estimated_anew(make_trainer: A
     torch.testing.assert_close(experience.rewards.sum(1), before + 2.0)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("-inf")])
+def test_a_changed_score_that_is_no_number_is_named(make_trainer: Any, score: float) -> None:
+    trainer = make_trainer()
+    experience = trainer.rollout(next(trainer.prompts))
+    before = experience.advantages.clone()
+    experience.scores[2] = score
+    with pytest.raises(ValueError, match=rf"scores\[2\] of the experience is {score}"):
+        trainer.estimate_advantages(experience)
+    assert torch.equal(experience.advantages, before)
+
+
 def test_dropout_is_off_in_all_three_models(make_trainer: Any) -> None:
     trainer = make_trainer(policy=make_policy(attention_dropout=0.5))
     metrics = trainer.update(trainer.rollout(next(trainer.prompts)))
