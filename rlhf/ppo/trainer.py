@@ -311,8 +311,7 @@ class PPOTrainer(Resumable):
                 global random generators included.
             DataError: A prompt is malformed or too long.
         """
-        rows = read_prompts(prompts)
-        rows, encoded = self._encode(rows, "prompts of this rollout")
+        rows, encoded = self._encode(read_prompts(prompts), "prompts of this rollout")
         copies = self.config.responses_per_prompt
         rows, encoded = repeat_each(rows, copies), repeat_each(encoded, copies)
         check_share(len(rows), self.world)
