@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS, ppo, word_count
+from tiny_models import tiny_llama
+from tiny_policy import make_policy
 
+from rlhf import PPOTrainer, RewardModel
 from rlhf.engine import CheckpointError, Checkpoints, Interrupted, OutputError
 from rlhf.engine import checkpoint as checkpointing
 from rlhf.engine.randomness import random_state, set_random_state, set_seed
+from rlhf.engine.resume import sum_of_bits
+from rlhf.models import scalar_model_from_causal
 from rlhf.ppo import RewardError
 
 TIMES = ("time", "seconds/", "tokens_per_second")
@@ -274,8 +280,86 @@ def test_changed_data_and_models_are_named_and_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="prompts: '"):
         other.resume()
     other = ppo(tmp_path, policy_seed=3)
-    with pytest.raises(CheckpointError, match="policy: '"):
+    with pytest.raises(CheckpointError, match=r"policy\.ends: '"):
         other.resume()
+
+
+def with_policy(folder: Path, change: Callable[[Any], Any]) -> PPOTrainer:
+    """``ppo`` with a policy that something was done to."""
+    policy = make_policy()
+    with torch.no_grad():
+        change(policy)
+    trainer = ppo(folder)
+    return PPOTrainer(trainer.config, policy, trainer.tokenizer, trainer.rows, word_count)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda policy: policy.model.norm.weight[9:-9].mul_(2), r"policy\.bits: '"),
+        (lambda policy: setattr(policy.config, "rms_norm_eps", 0.5), r"rms_norm_eps: 1e-06 before"),
+        (
+            lambda policy: setattr(policy.generation_config, "eos_token_id", [3, 9]),
+            r"eos_token_ids: \[3, 108.* before, \[3, 9\] now",
+        ),
+    ],
+)
+def test_a_small_change_of_a_model_is_named_and_refused(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    interrupted(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        with_policy(tmp_path, change).resume()
+
+
+def test_another_template_of_the_reward_and_other_eval_prompts_are_named_and_refused(
+    tmp_path: Path,
+) -> None:
+    model = scalar_model_from_causal(tiny_llama(3), seed=2)
+
+    def make(template: str, eval_prompts: list[str]) -> PPOTrainer:
+        made = ppo(tmp_path)
+        reward = RewardModel(model, made.tokenizer, template)
+        return PPOTrainer(
+            made.config,
+            make_policy(),
+            made.tokenizer,
+            made.rows,
+            reward,
+            eval_prompts=eval_prompts,
+        )
+
+    first = make("none", ["w1"])
+    first.save_checkpoint()
+    make("none", ["w1"]).resume()
+    with pytest.raises(CheckpointError, match="eval_prompts: '"):
+        make("none", ["w2"]).resume()
+    with pytest.raises(CheckpointError, match=r"1\.template: 'none' before, 'instruction' now"):
+        make("instruction", ["w1"]).resume()
+    with pytest.raises(CheckpointError, match=r"reward model 1: '\(set\)' before, '\(not set\)'"):
+        ppo(tmp_path).resume()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_has(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+    written = json.loads(state.read_text())
+    saved = written["state"]["identity"]
+    for name in ("policy", "critic", "reference"):
+        saved[name] = saved[name]["ends"]
+    del saved["eval_prompts"], saved["eos_token_ids"], written["state"]["eval_score"]
+    state.write_text(json.dumps(written))
+    ppo(tmp_path).resume()
+    with pytest.raises(CheckpointError, match="policy: '"):
+        ppo(tmp_path, policy_seed=3).resume()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_fingerprint_sees_every_weight_in_any_type(dtype: torch.dtype) -> None:
+    numbers = torch.arange(3_000_000).remainder(7).to(dtype)
+    before = sum_of_bits(numbers)
+    numbers[2_000_000] += 1
+    assert sum_of_bits(numbers) != before
 
 
 def test_what_only_changes_memory_and_speed_may_change(

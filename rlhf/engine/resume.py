@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.engine.checkpoint import CheckpointError
 
@@ -36,6 +38,24 @@ WITHOUT_EFFECT = frozenset(
         "samples_count",
         "eval_every",
         "eval_greedy",
+    }
+)
+
+# What checkpoints of earlier versions do not have: a change of it cannot be seen there.
+ADDED = frozenset({"eval_prompts", "eos_token_ids"})
+# Entries of a model's config that say where it comes from or what it returns.
+WITHOUT_MEANING = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "reward_template",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
     }
 )
 
@@ -66,6 +86,7 @@ def check_same(
     Raises:
         CheckpointError: Something differs that changes the results; each difference is named.
     """
+    now = as_written_then(saved, now)
     unknown = set(allow) - saved.keys() - now.keys()
     if unknown:
         raise CheckpointError(
@@ -87,6 +108,16 @@ def check_same(
             logger.warning("resumed with another setting: %s", line)
 
 
+def as_written_then(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """``now`` as the version that wrote ``saved`` would have written it."""
+    older = {name for name, value in saved.items() if isinstance(value, str)}
+    return {
+        name: value["ends"] if name in older and isinstance(value, dict) else value
+        for name, value in now.items()
+        if name in saved or name not in ADDED
+    }
+
+
 def named(line: str, names: Sequence[str]) -> bool:
     """Whether a line of ``differences`` is about one of these."""
     return line.split(":")[0].split(".")[0] in names
@@ -100,6 +131,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
+            if isinstance(old, dict) and key not in now:  # a whole model's
+                old = "(set)"
+            if isinstance(new, dict) and key not in before:
+                new = "(set)"
             found.append(f"{prefix}{key}: {old!r} before, {new!r} now")
     return found
 
@@ -133,11 +168,37 @@ def ids_fingerprint(sequences: Iterable[Sequence[int]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's weights: of each, its shape and its first and last numbers."""
-    digest = hashlib.sha256()
+def model_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What a model computes, to notice a change: JSON values.
+
+    Returns:
+        ``ends``, a short hash of each weight's name, shape, and first and last numbers; ``bits``, a
+        short hash of the sum of each weight's bits as whole numbers, which is the same in any order
+        and number of threads; ``config``, the settings of its Hugging Face config, if it has one.
+    """
+    ends, bits = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = [*flat[:8].float().tolist(), *flat[-8:].float().tolist()]
-        digest.update(json.dumps([name, list(parameter.shape), ends]).encode())
-    return digest.hexdigest()[:16]
+        flat = whole(parameter.detach()).flatten()
+        numbers = [*flat[:8].float().tolist(), *flat[-8:].float().tolist()]
+        ends.update(json.dumps([name, list(parameter.shape), numbers]).encode())
+        bits.update(json.dumps([name, sum_of_bits(flat)]).encode())
+    model_config: Any = getattr(model, "config", None)
+    config = {} if model_config is None else model_config.to_dict()
+    return {
+        "ends": ends.hexdigest()[:16],
+        "bits": bits.hexdigest()[:16],
+        "config": {name: value for name, value in config.items() if name not in WITHOUT_MEANING},
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP may have split, whole on each rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_of_bits(flat: Tensor) -> int:
+    """The numbers of a tensor [n], each read as a whole number, added up."""
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = flat.view(as_integers[flat.element_size()])
+    # In pieces: a sum in int64 makes a copy in int64 first.
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in integers.split(1 << 20))

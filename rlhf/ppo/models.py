@@ -67,7 +67,7 @@ class PPOModels:
     critic: Engine | None
     reference: Frozen | WithoutAdapters
     context: int | None
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, dict[str, Any]]
 
     @classmethod
     def build(
@@ -100,7 +100,8 @@ class PPOModels:
         given = {name: model for name, model in models.items() if model is not None}
         fingerprints = {name: model_fingerprint(model) for name, model in given.items()}
         for number, part in enumerate(reward_models(reward), start=1):
-            fingerprints[f"reward model {number}"] = model_fingerprint(part.model)
+            made_from = {**model_fingerprint(part.model), "template": part.template}
+            fingerprints[f"reward model {number}"] = made_from
         lengths = [context_length(model) for model in given.values()]
         if config.lora_rank is not None:
             add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)

@@ -25,7 +25,7 @@ from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import evaluate, warn_if_none_is_best
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.generation import Generated, Sampler
+from rlhf.ppo.generation import Generated, Sampler, eos_token_ids
 from rlhf.ppo.kl_control import KLController
 from rlhf.ppo.metrics import Stopwatch, update_figures
 from rlhf.ppo.models import PPOModels
@@ -135,6 +135,8 @@ class PPOTrainer(Resumable):
         self._prepare_to_resume(
             prompts=fingerprint(self.rows),
             prompt_ids=ids_fingerprint(prompt_ids),
+            eval_prompts=fingerprint(self.eval_rows),
+            eos_token_ids=eos_token_ids(self.policy, self.tokenizer),
             **models.fingerprints,
         )
 
