@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.engine.checkpoint import CheckpointError
+from rlhf.engine.weight_bits import sum_of_bits
 
 logger = logging.getLogger(__name__)
 
@@ -173,15 +173,15 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``ends``, a short hash of each weight's name, shape, and first and last numbers; ``bits``, a
-        short hash of the sum of each weight's bits as whole numbers, which is the same in any order
-        and number of threads; ``config``, the settings of its Hugging Face config, if it has one.
+        short hash of the sum of each weight's bits; ``config``, the settings of its Hugging Face
+        config, if it has one.
     """
     ends, bits = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = whole(parameter.detach()).flatten()
         numbers = [*flat[:8].float().tolist(), *flat[-8:].float().tolist()]
         ends.update(json.dumps([name, list(parameter.shape), numbers]).encode())
-        bits.update(json.dumps([name, sum_of_bits(flat)]).encode())
+        bits.update(json.dumps([name, int(sum_of_bits(flat))]).encode())
     model_config: Any = getattr(model, "config", None)
     config = {} if model_config is None else model_config.to_dict()
     return {
@@ -194,11 +194,3 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP may have split, whole on each rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sum_of_bits(flat: Tensor) -> int:
-    """The numbers of a tensor [n], each read as a whole number, added up."""
-    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    integers = flat.view(as_integers[flat.element_size()])
-    # In pieces: a sum in int64 makes a copy in int64 first.
-    return sum(int(piece.sum(dtype=torch.int64)) for piece in integers.split(1 << 20))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from rlhf.engine import Engine, rank_micro_batches
+from rlhf.engine.weight_bits import sum_of_bits
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.experience import Experience, Sequences
 
@@ -132,15 +133,3 @@ def _weights(engine: Engine) -> Tensor:
     tensors = [*engine.model.parameters(), *engine.model.buffers()]
     counts = torch.tensor([engine.steps_done, *(each._version for each in tensors)])
     return torch.cat([counts, torch.stack([sum_of_bits(each.detach()) for each in tensors]).cpu()])
-
-
-def sum_of_bits(tensor: Tensor) -> Tensor:
-    """int64 [], modulo 2^64; eight bytes at a time where possible, which is several times as fast.
-
-    Sums of integers are exact: they do not depend on the order, and so not on threads.
-    """
-    size = tensor.element_size()
-    aligned = (tensor.numel() * size) % 8 == 0 and (tensor.storage_offset() * size) % 8 == 0
-    if tensor.is_contiguous() and aligned:
-        return tensor.flatten().view(torch.int64).sum()
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).sum()

@@ -21,6 +21,7 @@ from rlhf.models import (
 )
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.critic import make_critic, make_reference, refuse_critic
+from rlhf.ppo.generation import eos_token_ids
 from rlhf.ppo.scoring import reward_models
 from rlhf.ppo.shared_trunk import (
     add_value_head,
@@ -60,14 +61,15 @@ class PPOModels:
         critic: A model of its own, trained; None where there is none, or the policy is its own.
         reference: What the KL penalty keeps the policy near.
         context: Positions that all of them have; None if unknown.
-        fingerprints: Of each model as it was given, to notice a change on a resume.
+        fingerprints: Of each model as it was given, and of what ends a response, to notice a change
+            on a resume.
     """
 
     policy: Engine
     critic: Engine | None
     reference: Frozen | WithoutAdapters
     context: int | None
-    fingerprints: dict[str, dict[str, Any]]
+    fingerprints: dict[str, Any]
 
     @classmethod
     def build(
@@ -98,7 +100,10 @@ class PPOModels:
         reference = None if adapted else make_reference(reference, policy, tokenizer)
         models = {"policy": policy, "critic": critic, "reference": reference}
         given = {name: model for name, model in models.items() if model is not None}
-        fingerprints = {name: model_fingerprint(model) for name, model in given.items()}
+        fingerprints: dict[str, Any] = {
+            "eos_token_ids": eos_token_ids(policy, tokenizer),
+            **{name: model_fingerprint(model) for name, model in given.items()},
+        }
         for number, part in enumerate(reward_models(reward), start=1):
             made_from = {**model_fingerprint(part.model), "template": part.template}
             fingerprints[f"reward model {number}"] = made_from

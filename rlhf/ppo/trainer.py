@@ -25,7 +25,7 @@ from rlhf.ppo.callbacks import Callback
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import evaluate, warn_if_none_is_best
 from rlhf.ppo.experience import Experience
-from rlhf.ppo.generation import Generated, Sampler, eos_token_ids
+from rlhf.ppo.generation import Generated, Sampler
 from rlhf.ppo.kl_control import KLController
 from rlhf.ppo.metrics import Stopwatch, update_figures
 from rlhf.ppo.models import PPOModels
@@ -115,8 +115,7 @@ class PPOTrainer(Resumable):
         self.tokenizer = load_tokenizer(tokenizer, policy)
         prepare_tokenizer(self.tokenizer)
         self.chat_format = ChatFormat(self.tokenizer, config.template)
-        models = PPOModels.build(config, policy, self.tokenizer, reward, critic, reference)
-        self.models, self.context = models, models.context
+        self.models = PPOModels.build(config, policy, self.tokenizer, reward, critic, reference)
 
         self.rows = read_prompts(prompts)
         _, prompt_ids = self._encode(self.rows, name_of_prompts(prompts))
@@ -126,7 +125,7 @@ class PPOTrainer(Resumable):
         warn_if_none_is_best(config, self.eval_rows)
         self.prompt_order = PromptOrder(len(self.rows), config.prompts_per_update, config.seed)
 
-        self.device = models.policy.device
+        self.device = self.models.policy.device
         self.kl_control = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_shaper = ScoreShaper(config)
         self.updates_done = 0
@@ -136,8 +135,7 @@ class PPOTrainer(Resumable):
             prompts=fingerprint(self.rows),
             prompt_ids=ids_fingerprint(prompt_ids),
             eval_prompts=fingerprint(self.eval_rows),
-            eos_token_ids=eos_token_ids(self.policy, self.tokenizer),
-            **models.fingerprints,
+            **self.models.fingerprints,
         )
 
     harmless_errors = (RewardError, *Resumable.harmless_errors)
@@ -388,7 +386,7 @@ class PPOTrainer(Resumable):
             self.policy,
             self.reward,
             max_new_tokens=self.config.max_new_tokens,
-            context=self.context,
+            context=self.models.context,
             source=source,
         )
 
