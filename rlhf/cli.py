@@ -378,6 +378,13 @@ def build_parser(name: str) -> Any:
                 message += f" (in a YAML file: {found[1].replace('-', '_')}, with underscores)"
             super().error(message, ex)
 
+    class ConfigFile(jsonargparse.ActionConfigFile):  # type: ignore[misc]
+        """Takes an empty file as no settings, and no file that has one twice."""
+
+        def __call__(self, parser: Any, found: Any, value: Any, option: str | None = None) -> None:
+            if config_has_settings(parser, value):
+                super().__call__(parser, found, value, option)
+
     command = COMMANDS[name]
     parser = Parser(
         prog=f"rlhf {name}",
@@ -388,10 +395,28 @@ def build_parser(name: str) -> Any:
         formatter_class=Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of these options")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
     return parser
+
+
+def config_has_settings(parser: Any, name: str) -> bool:
+    """Whether there are settings in a YAML file. What is no such file the parser shall judge."""
+    import yaml
+
+    from rlhf.yaml_settings import has_settings
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        return True
+    try:
+        return has_settings(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True
+    except ValueError as error:
+        parser.error(f"{name}, {error}")
+        raise
 
 
 def apply_preset(parser: Any, options: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 from rlhf.cli import COMMANDS, build_parser, main, with_underscores
 from rlhf.data import DataError
 from rlhf.sources import load_reward
+from rlhf.yaml_settings import has_settings
 
 QUIET = ["--trackers", "[jsonl]", "--dtype", "float32"]
 
@@ -120,6 +122,43 @@ def test_a_dash_in_a_yaml_name_is_explained(
         path.write_text(text + "\n")
         assert main([command, "--config", str(path)]) == 2
         assert "learning_rate, with underscores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("learning_rate: 1e-5\nepochs: 2\nlearning_rate: 1e-2\n", (3, 1)),
+        ("sft:\n  epochs: 2\n  learning_rate: 1\n  'learning_rate': 2\n", (4, 3)),
+    ],
+)
+def test_a_setting_that_a_file_has_twice_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], text: str, lines: tuple[int, int]
+) -> None:
+    path = folder / "twice.yaml"
+    path.write_text(text)
+    command = "pipeline" if text.startswith("sft") else "sft"
+    assert main([command, "--config", str(path)]) == 2
+    again, first = lines
+    expected = rf"twice\.yaml, line {again}: learning_rate .* second time \(first in line {first}\)"
+    assert re.search(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n"])
+def test_an_empty_file_of_settings_changes_none(folder: Path, text: str) -> None:
+    (folder / "empty.yaml").write_text(text)
+    options = ["--policy", "base", "--prompts", "p.jsonl", "--reward", "heuristic"]
+    args = build_parser("ppo").parse_args(["--config", str(folder / "empty.yaml"), *options])
+    assert (args.policy, args.clip_range) == ("base", 0.2)
+    assert has_settings("&again {sft: *again}")  # read once only
+
+
+def test_what_is_no_yaml_is_still_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("learning_rate: [1", "- a\n- b\n"):
+        (folder / "bad.yaml").write_text(text)
+        assert main(["sft", "--config", str(folder / "bad.yaml")]) == 2
+        assert "config" in capsys.readouterr().err
+    assert main(["sft", "--config", str(folder / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
 
 
 # Runs
