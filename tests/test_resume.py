@@ -440,10 +440,22 @@ def test_a_checkpoint_without_one_of_the_models_is_refused(tmp_path: Path) -> No
         ppo(tmp_path).resume(allow=["critic"])
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_bias": True}, "is only in the model"),
+        (
+            {"head_dim": 16},
+            r"has the shape \(.*\) in the checkpoint and \(.*\) in the model",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     interrupted(tmp_path)
-    other = ppo(tmp_path, policy_options={"attention_bias": True})
-    with pytest.raises(CheckpointError, match="is only in the model"):
+    other = ppo(tmp_path, policy_options=options)
+    with pytest.raises(CheckpointError, match=message):
         other.resume(allow=["policy", "critic", "reference"])
 
 

@@ -334,15 +334,20 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 def matching(engine: Engine, folder: Path) -> dict[str, Tensor]:
     """``engine_tensors`` to be filled from a folder, which must hold the same ones."""
-    saved = set(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved = {name: tuple(tensor.size) for name, tensor in metadata.items()}  # type: ignore[union-attr]
     if any(name.startswith("optimizer.") for name in saved):
         create_optimizer_state(engine)
     tensors = engine_tensors(engine)
-    if saved != set(tensors):
-        name = min(saved ^ set(tensors))
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if saved != own:
+        name = min(n for n in saved.keys() | own.keys() if saved.get(n) != own.get(n))
+        if name in saved and name in own:
+            what = f"has the shape {saved[name]} in the checkpoint and {own[name]} in the model"
+        else:
+            what = f"is only in {'the checkpoint' if name in saved else 'the model'}"
         raise CheckpointError(
-            f"{folder} belongs to another model: {name} is only in "
-            f"{'the checkpoint' if name in saved else 'the model'}. Give the models that this "
+            f"{folder} belongs to another model: {name} {what}. Give the models that this "
             "training began with."
         )
     return tensors
