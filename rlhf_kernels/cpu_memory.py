@@ -16,7 +16,7 @@ from typing import Any
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-INT_MAX = 2**31 - 1
+NEVER = -1  # mallopt(3): no memory goes back, however much lies free at the top
 # What glibc arrives at by itself in a process that frees large blocks.
 MMAP_MAX, MMAP_THRESHOLD = 65536, 32 * 2**20
 
@@ -48,7 +48,7 @@ def kept_freed_memory() -> Iterator[None]:
 def _keep() -> bool:
     libc = _libc()
     return libc is not None and bool(
-        libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, INT_MAX)
+        libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, NEVER)
     )
 
 

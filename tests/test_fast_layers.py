@@ -16,10 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP, Qwen3RMSNorm
 
 from rlhf_kernels import backends, fast_layers
+from rlhf_kernels.fast_attention import fast_attention
 from rlhf_kernels.fast_layers import use_fast_layers
 from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.ops.gated_mlp import gated_mlp
 from rlhf_kernels.ops.rotary import rotary
+from rlhf_kernels.ops.row_attention import row_attention
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable_reason("cpu") is not None, reason="the C++ kernels are not built"
@@ -218,12 +220,38 @@ def test_rotary_embeddings_are_put_back_after_an_error() -> None:
     assert modeling_llama.apply_rotary_pos_emb is theirs
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_without_padding_are_attended_to_by_the_kernel(
+    padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().to(dtype)
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0 if padded else 1
+    exact = copy.deepcopy(model).double()(IDS, attention_mask=mask).logits.detach()
+    plain = model(IDS, attention_mask=mask).logits.detach()
+    calls = []
+    monkeypatch.setattr(
+        "rlhf_kernels.fast_attention.row_attention",
+        lambda *args: calls.append(0) or row_attention(*args),
+    )
+    with fast_attention(nn.ModuleList([model])):
+        found = model(IDS, attention_mask=mask).logits
+    found.float().square().mean().backward()  # outside
+    assert len(calls) == (0 if padded else model.config.num_hidden_layers)
+    assert model.config._attn_implementation == "sdpa"
+    real = mask.bool()
+    allowed = float((plain.double() - exact)[real].abs().max())
+    allowed += 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert float((found.detach().double() - exact)[real].abs().max()) <= allowed
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_checkpointed_layers_are_the_same_ones_when_they_run_again() -> None:
     model = tiny_llama().train()
     expected = torch.autograd.grad(model(IDS).logits.square().mean(), list(model.parameters()))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with fast_layers.fast_layers(model), fast_rotary(model):
+    with fast_layers.fast_layers(model), fast_rotary(model), fast_attention(model):
         loss = model(IDS).logits.square().mean()
     found = torch.autograd.grad(loss, list(model.parameters()))
     use_fast_layers(model)  # to stay

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rlhf_kernels.fast_attention import fast_attention
 from rlhf_kernels.fast_layers import fast_layers
 from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
@@ -115,7 +116,7 @@ def forward(model: nn.Module, query_responses: Tensor, pad_token_id: int) -> Any
         is a plain linear layer; with the critic's values [B, L, 1] from a pair.
     """
     valid = query_responses != pad_token_id
-    with deferred_head(model), fast_layers(model), fast_rotary(model):
+    with deferred_head(model), fast_layers(model), fast_rotary(model), fast_attention(model):
         return model(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,
@@ -143,7 +144,7 @@ def get_reward(
     valid = query_responses != pad_token_id
     prefix: Any = model.base_model_prefix
     trunk = getattr(model, prefix)
-    with fast_layers(model), fast_rotary(model):
+    with fast_layers(model), fast_rotary(model), fast_attention(model):
         hidden = trunk(
             input_ids=query_responses.masked_fill(~valid, 0),
             attention_mask=valid,

@@ -21,7 +21,8 @@ others). `PPOTrainer.train` stays TRL's own, with its metrics, its loop of GAE a
   quantized heads, and autocast, have logits as ever. Sharded weights (FSDP, ZeRO-3) are gathered
   within the model only: do not patch there.
 - On a CPU `forward`, `get_reward` and sampling run the layers by `rlhf_kernels.fast_layers`,
-  without gradient checkpointing, and multiply float32 by oneDNN where the CPU is AMD's.
+  without gradient checkpointing, and multiply float32 by oneDNN where the CPU is AMD's. Attention
+  is ours where a batch has no padding and the model's is PyTorch's.
 - On a machine without a GPU malloc keeps what is freed, for the whole process, until `unpatch`:
   the system is asked for every gradient's memory anew otherwise (`rlhf_kernels.cpu_memory`).
 
