@@ -92,7 +92,7 @@ def _rms_norm_forward(self: Any, x: Tensor) -> Tensor:
     return rms_norm(x, self.weight, self.variance_epsilon)
 
 
-def _is_gated_mlp(module: Any) -> bool:
+def is_gated_mlp(module: Any) -> bool:
     """Whether it has the three projections, plain ones, and an activation: not more."""
     children = dict(module.named_children())
     linear = [children.pop(name, None) for name in PROJECTIONS]
@@ -148,4 +148,4 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
     return same_shape and bool(((found - expected).abs() <= bound).all())
 
 
-KINDS = ((_is_gated_mlp, _gated_mlp_forward), (_is_rms_norm, _rms_norm_forward))
+KINDS = ((is_gated_mlp, _gated_mlp_forward), (_is_rms_norm, _rms_norm_forward))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rlhf.models.last_layer import last_feed_forward_from
 from rlhf_kernels import backends
 from rlhf_kernels.fast_rotary import runs_once_as_written
 from rlhf_kernels.ops.row_attention import LARGEST_SIZE, row_attention
@@ -64,9 +65,16 @@ def can_attend_by_rows(model: Any) -> bool:
 
 
 def packed_hidden_states(
-    trunk: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    trunk: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    first: int = 0,
 ) -> Tensor:
-    """The last hidden states [B, L, H] from the tokens where the mask is True; padding has 0."""
+    """The last hidden states [B, L, H] from the tokens where the mask is True; padding has 0.
+
+    Those before the column ``first`` are not read, and may be anything.
+    """
     packed = {
         "input_ids": input_ids[attention_mask][None],
         "position_ids": position_ids[attention_mask][None],
@@ -77,7 +85,7 @@ def packed_hidden_states(
         output = trunk(**packed)
     else:
         lengths = attention_mask.sum(1).tolist()
-        with attending_by_rows(trunk):
+        with attending_by_rows(trunk), last_feed_forward_from(trunk, attention_mask, first):
             output = trunk(**packed, row_lengths=[length for length in lengths if length])
     tokens = output.last_hidden_state[0]
     hidden = tokens.new_zeros(*input_ids.shape, tokens.shape[-1])

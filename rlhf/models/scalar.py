@@ -114,10 +114,16 @@ def score_head(model: Any) -> nn.Linear:
 
 
 def token_scores(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """The score at every position, fp32 [B, L], minus ``config.reward_mean`` (0 if absent)."""
-    return _apply_head(model, hidden_states(model, input_ids, attention_mask, position_ids))
+    """The score at every position from the column ``first`` on, fp32 [B, L - first], minus
+    ``config.reward_mean`` (0 if absent).
+    """
+    return _apply_head(model, hidden_states(model, input_ids, attention_mask, position_ids, first))
 
 
 def last_token_scores(

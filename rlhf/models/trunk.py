@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.last_layer import last_feed_forward_from
 from rlhf.models.loading import ModelError, model_name
 from rlhf.models.packed import packed_hidden_states, packs
 from rlhf_kernels.fast_rotary import fast_rotary
@@ -32,15 +33,20 @@ def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """The trunk's last hidden states [B, L, H]; no head, no KV cache.
+    """The trunk's last hidden states [B, L - first, H]; no head, no KV cache.
 
     Args:
         model: A transformers model with any head.
         input_ids: int64 [B, L].
         attention_mask: bool or integer [B, L], padding on either side.
         position_ids: int64 [B, L]; from the mask if not given.
+        first: Column from which on they are read; what comes before need not be computed.
     """
     trunk = model.get_decoder()
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
@@ -48,13 +54,18 @@ def hidden_states(
         position_ids = position_ids_from_mask(attention_mask)
     with fast_rotary(trunk):
         if takes_positions and packs(model, attention_mask):
-            return packed_hidden_states(trunk, input_ids, attention_mask.bool(), position_ids)
+            mask = attention_mask.bool()
+            return packed_hidden_states(trunk, input_ids, mask, position_ids, first)[:, first:]
         # Models without the parameter (ALiBi) read positions off the attention mask.
         positions = {"position_ids": position_ids} if takes_positions else {}
-        output = trunk(
-            input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **positions
-        )
-        return output.last_hidden_state
+        with last_feed_forward_from(trunk, torch.ones_like(input_ids, dtype=torch.bool), first):
+            output = trunk(
+                input_ids=input_ids,
+                attention_mask=attention_mask.long(),
+                use_cache=False,
+                **positions,
+            )
+        return output.last_hidden_state[:, first:]
 
 
 def lm_head(model: Any) -> tuple[Tensor, Tensor | None]:

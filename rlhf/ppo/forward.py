@@ -30,7 +30,7 @@ def response_logprobs(model: Any, batch: Sequences, temperature: float) -> Tenso
 def response_hidden(model: Any, batch: Sequences) -> Tensor:
     """The trunk's hidden states [B, T, H] that predict the response tokens."""
     ids, mask = _inputs(batch)
-    return hidden_states(model, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    return hidden_states(model, ids, mask, first=batch.prompt_ids.shape[1] - 1)
 
 
 def logprobs_of(model: Any, hidden: Tensor, batch: Sequences, temperature: float) -> Tensor:
@@ -52,7 +52,7 @@ def response_values(critic: Any, batch: Sequences) -> Tensor:
     Read at the position whose logits predict the token: the one before it.
     """
     ids, mask = _inputs(batch)
-    values = token_scores(critic, ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+    values = token_scores(critic, ids, mask, first=batch.prompt_ids.shape[1] - 1)
     return values.masked_fill(~batch.response_mask, 0.0)
 
 
