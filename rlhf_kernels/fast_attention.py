@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,46 +14,46 @@ from rlhf_kernels.backends import unavailable_reason
 from rlhf_kernels.fast_rotary import runs_once_as_written
 from rlhf_kernels.ops.row_attention import LARGEST_SIZE, row_attention
 
-NAME = "rlhf_kernels_row_attention"
+NAME = "sdpa"  # what transformers calls PyTorch's attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Arguments of an attention that do not change what it computes, given its mask.
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
 
 
 @contextmanager
 def fast_attention(model: nn.Module) -> Iterator[None]:
-    """Models of transformers inside whose attention is PyTorch's attend by the kernel.
+    """Models of transformers that run inside, and whose attention is PyTorch's, attend by the
+    kernel.
 
     That is where they need no mask but the causal one; PyTorch's does the rest, padding included.
+    Configs stay as they are: some models ask them which attention it is, and do more for others.
     """
-    configs = _configs_of_pytorch_s(model) if unavailable_reason("cpu") is None else []
-    if not configs or not runs_once_as_written(model):
+    if unavailable_reason("cpu") is not None or not runs_once_as_written(model):
         yield
         return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    for config in configs:
-        config._attn_implementation = NAME
+    theirs = ALL_ATTENTION_FUNCTIONS[NAME]
+    AttentionInterface.register(NAME, partial(attend, theirs))
     try:
         yield
     finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
-
-
-def _configs_of_pytorch_s(model: nn.Module) -> list[Any]:
-    """Of all models inside; several layers share one."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    found = {id(each): each for each in configs if _implementation(each) == "sdpa"}
-    return list(found.values())
-
-
-def _implementation(config: Any) -> Any:
-    return getattr(config, "_attn_implementation", None)
+        AttentionInterface.register(NAME, theirs)
 
 
 def attend(
+    theirs: Callable[..., tuple[Tensor, None]],
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -63,16 +64,20 @@ def attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: [B, heads, T, size] to [B, T, heads, size]."""
+    """Attention in the form that transformers calls: [B, heads, T, size] to [B, T, heads, size].
+
+    Args:
+        theirs: The function that this one stands in for, which does what the kernel does not.
+        options: One that is not known might change the result, so its calls are theirs.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     rows, heads, steps, size = query.shape
     alike = query.dtype == key.dtype == value.dtype and query.device.type == "cpu"
     plain = alike and query.dtype in DTYPES and size <= LARGEST_SIZE and dropout == 0.0
-    whole = attention_mask is None and causal and steps == key.shape[2] and steps > 1
-    if not (plain and whole) or any(options.get(name) is not None for name in ("cache", "softcap")):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
+    square = key.shape == value.shape and key.shape[-1] == size and steps == key.shape[2] > 1
+    known = all(name in WITHOUT_EFFECT for name, given in options.items() if given is not None)
+    if not (plain and square and known and causal) or attention_mask is not None:
+        return theirs(
             *(module, query, key, value, attention_mask),
             dropout=dropout,
             scaling=scaling,
