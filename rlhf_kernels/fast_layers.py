@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.backends import unavailable_reason
+from rlhf_kernels.fast_rotary import is_checkpointed
 from rlhf_kernels.linear_layers import (
     keeping_forwards,
     linear_layers,
@@ -28,7 +29,7 @@ from rlhf_kernels.ops.swiglu import swiglu
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-_agrees: dict[tuple[type, ...], bool] = {}
+_agrees: dict[tuple[Any, ...], bool] = {}
 
 
 def use_fast_layers(model: nn.Module) -> None:
@@ -48,7 +49,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
 
     Not for checkpointed layers: they run again in the backward, outside, and would be others.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if is_checkpointed(model):
         yield
         return
     layers = [*linear_layers(model), *(module for module, _ in _replaceable(model))]
@@ -124,8 +125,15 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 def _same(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether modules of its class compute `forward`, on numbers drawn for the question."""
-    kind = (type(module), type(getattr(module, "act_fn", None)))
+    """Whether modules of its class and settings compute `forward`, on numbers drawn for the
+    question.
+    """
+    settings = tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if name != "training" and isinstance(value, (bool, int, float, str))
+    )
+    kind = (type(module), type(getattr(module, "act_fn", None)), settings)
     if kind not in _agrees:
         _agrees[kind] = _agrees_on_a_sample(module, forward)
     return _agrees[kind]
@@ -140,12 +148,18 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     x = torch.randn(3, next(twin.parameters()).shape[-1], generator=generator)
-    expected = type(twin).forward(twin, x)
     found = MethodType(forward, twin)(x)
-    # Sums of other orders, a few roundings apart; another formula is off by far more.
+    # While training too: some have dropout of their own, which draws random numbers.
+    with torch.random.fork_rng(devices=[]):
+        return all(_close(type(twin).forward(twin.train(mode), x), found) for mode in (True, False))
+
+
+def _close(expected: Any, found: Tensor) -> bool:
+    """Up to sums of other orders, a few roundings apart; another formula is off by far more."""
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return False
     bound = 32 * torch.finfo(torch.float32).eps * (1 + float(expected.abs().max()))
-    same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
-    return same_shape and bool(((found - expected).abs() <= bound).all())
+    return bool(((found - expected).abs() <= bound).all())
 
 
 KINDS = ((is_gated_mlp, _gated_mlp_forward), (_is_rms_norm, _rms_norm_forward))

@@ -49,8 +49,15 @@ def runs_once_as_written(model: nn.Module) -> bool:
     Compiled ones would be compiled anew whenever it changes, and checkpointed ones run again in the
     backward, when it holds no longer.
     """
-    return not any(
-        module._compiled_call_impl or getattr(module, "gradient_checkpointing", False)
+    compiled = any(module._compiled_call_impl for module in model.modules())
+    return not compiled and not is_checkpointed(model)
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether layers run again in the backward, by transformers' checkpointing or PyTorch's."""
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        or type(module).__name__ == "CheckpointWrapper"  # of torch.distributed, not imported for it
         for module in model.modules()
     )
 

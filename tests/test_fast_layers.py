@@ -9,14 +9,18 @@ import pytest
 import torch
 from tiny_models import tiny_llama
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP, GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP, Qwen3RMSNorm
 
 from rlhf_kernels import backends, fast_layers
-from rlhf_kernels.fast_attention import fast_attention
+from rlhf_kernels.fast_attention import attend, fast_attention
 from rlhf_kernels.fast_layers import use_fast_layers
 from rlhf_kernels.fast_rotary import fast_rotary
 from rlhf_kernels.ops.gated_mlp import gated_mlp
@@ -244,6 +248,84 @@ def test_batches_without_padding_are_attended_to_by_the_kernel(
     allowed = float((plain.double() - exact)[real].abs().max())
     allowed += 8 * torch.finfo(dtype).eps * float(exact.abs().max())
     assert float((found.detach().double() - exact)[real].abs().max()) <= allowed
+
+
+def test_models_that_ask_for_the_name_of_their_attention_find_it() -> None:
+    """Some choose by it what they compute, and one name is for all models inside another."""
+    model = tiny_llama()
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(model.config._attn_implementation)
+    )
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with fast_attention(model):
+        model(IDS)
+    assert seen == ["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"indices": torch.zeros(1)},  # of a sparse attention
+        {"cache": object()},
+        {"value": torch.zeros(1, 2, 5, 6)},  # of another size than keys, as with latent attention
+        {"attention_mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)},
+        {"dropout": 0.1},
+        {"is_causal": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_kernel_does_not_do_is_left_to_the_attention_it_stands_in_for(
+    change: dict[str, Any],
+) -> None:
+    given = {name: torch.zeros(1, 2, 5, 4) for name in ("query", "key", "value")}
+    arguments = {**given, "attention_mask": None, "position_ids": torch.arange(5), **change}
+
+    def theirs(*args: Any, **options: Any) -> Any:
+        assert all(options[name] is change[name] for name in options.keys() & change.keys())
+        return args, None
+
+    args, _ = attend(theirs, None, **arguments)
+    assert args[1:] == tuple(
+        arguments[name] for name in ("query", "key", "value", "attention_mask")
+    )
+    found, _ = attend(theirs, None, **given, attention_mask=None, position_ids=torch.arange(5))
+    assert isinstance(found, Tensor)
+
+
+class MLPWithDropout(LlamaMLP):
+    """As SeedOss has it: a function, no module, so that it shows in training alone."""
+
+    def __init__(self, config: LlamaConfig, dropout: float) -> None:
+        super().__init__(config)
+        self.residual_dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), self.residual_dropout, self.training)
+
+
+def test_a_layer_that_differs_in_training_alone_runs_as_it_is() -> None:
+    config = LlamaConfig(**SIZES)
+    state = torch.random.get_rng_state()
+    with_dropout, without = MLPWithDropout(config, 0.1), MLPWithDropout(config, 0.0)
+    drawn_by_them = torch.random.get_rng_state()
+    for module in (with_dropout.eval(), with_dropout.train(), without.train()):
+        use_fast_layers(module)
+        assert replaced(module) == (module is without)
+    assert torch.equal(torch.random.get_rng_state(), drawn_by_them)
+    torch.random.set_rng_state(state)
+
+
+def test_layers_checkpointed_by_pytorch_s_wrapper_are_left_alone() -> None:
+    model = tiny_llama().train()
+    expected = torch.autograd.grad(model(IDS).logits.square().mean(), list(model.parameters()))
+    kind = type(model.model.layers[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kind))
+    with fast_layers.fast_layers(model), fast_rotary(model), fast_attention(model):
+        loss = model(IDS).logits.square().mean()
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
