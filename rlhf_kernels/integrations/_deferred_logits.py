@@ -50,13 +50,23 @@ class _Deferred:
     def __getitem__(self, index: Any) -> Any:
         return self.whole()[index]
 
-    def __mul__(self, other: Any) -> Any:
-        return self.whole() * other
+    def __len__(self) -> int:
+        return len(self.whole())
 
-    __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> Any:
-        return self.whole() / other
+def _of_whole(name: str) -> Callable[..., Any]:
+    def operator(self: _Deferred, *others: Any) -> Any:
+        return getattr(self.whole(), name)(*map(_whole, others))
+
+    return operator
+
+
+# Python looks operators up in the class, not by `__getattr__`.
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod"),
+    *("pow", "rpow", "matmul", "rmatmul", "neg", "abs", "lt", "le", "gt", "ge"),
+):
+    setattr(_Deferred, f"__{_name}__", _of_whole(f"__{_name}__"))
 
 
 class DeferredLogits(_Deferred):

@@ -26,8 +26,12 @@ def selective_log_softmax(logits: Tensor | DeferredLogits | KeptLogprobs, index:
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or classes that do not fit.
     """
-    if isinstance(logits, (DeferredLogits, KeptLogprobs)):
+    if isinstance(logits, KeptLogprobs) or (
+        isinstance(logits, DeferredLogits) and index.dim() < len(logits.shape)
+    ):
         return logits.token_logprobs(index)
+    if isinstance(logits, DeferredLogits):
+        logits = logits.whole()
     if index.dim() < logits.dim():
         return token_logprobs(logits, index, ignore_index=NEVER).to(logits.dtype)
     # All K of a row lie as far from their logits as the likeliest class, which is always finite.

@@ -123,6 +123,22 @@ def test_anything_else_gets_the_logits() -> None:
     close(F.softmax(found, dim=1), exact.softmax(1))
     close(torch.logsumexp(found, dim=-1), exact.logsumexp(-1))
     close(found * -1.0, -exact)
+    ones = torch.ones(VOCABULARY)
+    for operator in (
+        *(lambda x: x + 1, lambda x: ones + x, lambda x: x - ones, lambda x: 1 - x, lambda x: -x),
+        *(abs, lambda x: x**2, lambda x: ones / x, lambda x: x @ ones, lambda x: (x > 0).float()),
+    ):
+        close(operator(found), operator(exact))
+    assert len(found) == len(exact)
+
+
+def test_several_classes_of_each_row() -> None:
+    head = nn.Linear(WIDTH, VOCABULARY)
+    hidden = torch.randn(2, 3, WIDTH)
+    index = torch.randint(VOCABULARY, (2, 3, 4))
+    expected = head(hidden).log_softmax(-1).gather(-1, index)
+    logits = DeferredLogits(hidden, head.weight, head.bias)
+    close(trl.selective_log_softmax(logits, index), expected)
 
 
 @pytest.mark.parametrize("kind", ["hook", "subclass", "autocast"])
