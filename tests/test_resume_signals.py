@@ -40,8 +40,7 @@ def signal_inside(patch: Patch, place: Any, name: str, call: int) -> list[int]:
 def evaluated(folder: Path) -> PPOTrainer:
     """With an evaluation after every update."""
     trainer = ppo(folder, **SETTINGS, eval_every=1)
-    trainer.eval_rows = trainer.rows[:2]
-    trainer.eval_ids = trainer._encode(trainer.eval_rows, "eval_prompts")
+    trainer.eval_rows, trainer.eval_ids = trainer._encode(trainer.rows[:2], "eval_prompts")
     return trainer
 
 

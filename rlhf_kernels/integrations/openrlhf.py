@@ -31,7 +31,8 @@ rounded once. Where they differ on purpose:
 
 - Masks hold zeros and ones, of any dtype. No mask at all means that all is valid, in each
   aggregation.
-- NaN and infinities at masked places reach no output and no gradient, where 0 · NaN is NaN.
+- NaN and infinities at masked places reach no output and no gradient, where 0 · NaN is NaN. So a
+  batch of nothing valid, whose loss is NaN, has gradients of 0, not NaN.
 - `log_probs_from_logits` leaves the logits as they are at any temperature, where OpenRLHF's divides
   them in place. A label of -100 has log-probability 0, as in OpenRLHF on flash-attn.
 - Logits of -inf add nothing to an entropy, which is NaN in OpenRLHF.

@@ -6,7 +6,8 @@
         trainer = PPOTrainer(...)
         trainer.train()
 
-The version that is installed decides what is replaced; any other is refused. Values and gradients
+The version that is installed decides what is replaced; any other is refused. Patch while no other
+thread draws random numbers: old and new are compared on a sample that is drawn. Values and gradients
 are TRL's up to rounding; bfloat16 and float16 are computed in float32 and rounded once.
 
 TRL 1.12: names, arguments, shapes, dtypes and meaning are those of `trl.trainer.utils`
@@ -35,7 +36,8 @@ On a GPU, where TRL runs on Triton, ours does so if `RLHF_KERNELS_BACKEND=triton
 
 Where they differ on purpose:
 
-- Masks hold zeros and ones. NaN and infinities at masked places reach no mean or variance.
+- Masks hold zeros and ones. NaN and infinities at masked places reach no mean or variance, which
+  are float32 for 16-bit values.
 - Logits of -inf add nothing to an entropy, which is NaN in TRL.
 - TRL 1.12's entropy metric, a float32 sum of probabilities times logits, is off by some 6e-5 of its
   size on SmolLM2; ours by 2e-8.
