@@ -7,8 +7,8 @@
         trainer.train()
 
 The version that is installed decides what is replaced; any other is refused. Patch while no other
-thread draws random numbers: old and new are compared on a sample that is drawn. Values and gradients
-are TRL's up to rounding; bfloat16 and float16 are computed in float32 and rounded once.
+thread draws random numbers: old and new are compared on a sample that is drawn. Values and
+gradients are TRL's up to rounding; bfloat16 and float16 are computed in float32 and rounded once.
 
 TRL 1.12: names, arguments, shapes, dtypes and meaning are those of `trl.trainer.utils`
 (`selective_log_softmax`, `entropy_from_logits`) and of `trl.experimental.ppo.ppo_trainer` (the
