@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_trainings import TRAININGS, ppo, word_count
-from tiny_models import tiny_llama
-from tiny_policy import make_policy
 
-from rlhf import PPOTrainer, RewardModel
-from rlhf.engine import CheckpointError, Checkpoints, Interrupted, OutputError
-from rlhf.engine import checkpoint as checkpointing
+from rlhf.engine import CheckpointError, Checkpoints, Interrupted
 from rlhf.engine.randomness import random_state, set_random_state, set_seed
-from rlhf.engine.resume import sum_of_bits
-from rlhf.models import scalar_model_from_causal
 from rlhf.ppo import RewardError
 
 TIMES = ("time", "seconds/", "tokens_per_second")
@@ -245,255 +235,6 @@ def test_a_new_training_does_not_run_over_checkpoints(tmp_path: Path) -> None:
     interrupted(tmp_path)
     with pytest.raises(CheckpointError, match=r"newest step-00000001\. Go on with it \(--resume"):
         ppo(tmp_path).train()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kl_coef": 0.3}, "kl_coef: 0.1 before, 0.3 now"),
-        ({"seed": 1}, "seed: 0 before, 1 now"),
-        ({"total_updates": 5}, "total_updates: 3 before, 5 now"),
-    ],
-)
-def test_a_changed_setting_is_named_and_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    interrupted(tmp_path)
-    changed = ppo(tmp_path, **settings)
-    with pytest.raises(CheckpointError, match=message):
-        changed.resume()
-    assert changed.step == 0
-    changed.resume(allow=list(settings))
-    assert changed.step == 1
-
-
-def test_changed_data_and_models_are_named_and_refused(tmp_path: Path) -> None:
-    for name in ("sft", "reward"):
-        trainer = TRAININGS[name](tmp_path / name)
-        interrupt_after(trainer, 1)
-        with pytest.raises(Interrupted):
-            trainer.train()
-        with pytest.raises(CheckpointError, match="train_data: '"):
-            TRAININGS[name](tmp_path / name, rows=15 - 1).resume()
-    interrupted(tmp_path)
-    other = ppo(tmp_path, prompts=["w1", "w2"])
-    with pytest.raises(CheckpointError, match="prompts: '"):
-        other.resume()
-    other = ppo(tmp_path, policy_seed=3)
-    with pytest.raises(CheckpointError, match=r"policy\.ends: '"):
-        other.resume()
-
-
-def with_policy(folder: Path, change: Callable[[Any], Any]) -> PPOTrainer:
-    """``ppo`` with a policy that something was done to."""
-    policy = make_policy()
-    with torch.no_grad():
-        change(policy)
-    trainer = ppo(folder)
-    return PPOTrainer(trainer.config, policy, trainer.tokenizer, trainer.rows, word_count)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda policy: policy.model.norm.weight[9:-9].mul_(2), r"policy\.bits: '"),
-        (lambda policy: setattr(policy.config, "rms_norm_eps", 0.5), r"rms_norm_eps: 1e-06 before"),
-        (
-            lambda policy: setattr(policy.generation_config, "eos_token_id", [3, 9]),
-            r"eos_token_ids: \[3, 108.* before, \[3, 9\] now",
-        ),
-    ],
-)
-def test_a_small_change_of_a_model_is_named_and_refused(
-    tmp_path: Path, change: Any, message: str
-) -> None:
-    interrupted(tmp_path)
-    with pytest.raises(CheckpointError, match=message):
-        with_policy(tmp_path, change).resume()
-
-
-def test_another_template_of_the_reward_and_other_eval_prompts_are_named_and_refused(
-    tmp_path: Path,
-) -> None:
-    model = scalar_model_from_causal(tiny_llama(3), seed=2)
-
-    def make(template: str, eval_prompts: list[str]) -> PPOTrainer:
-        made = ppo(tmp_path)
-        reward = RewardModel(model, made.tokenizer, template)
-        return PPOTrainer(
-            made.config,
-            make_policy(),
-            made.tokenizer,
-            made.rows,
-            reward,
-            eval_prompts=eval_prompts,
-        )
-
-    first = make("none", ["w1"])
-    first.save_checkpoint()
-    make("none", ["w1"]).resume()
-    with pytest.raises(CheckpointError, match="eval_prompts: '"):
-        make("none", ["w2"]).resume()
-    with pytest.raises(CheckpointError, match=r"1\.template: 'none' before, 'instruction' now"):
-        make("instruction", ["w1"]).resume()
-    with pytest.raises(CheckpointError, match=r"reward model 1: '\(set\)' before, '\(not set\)'"):
-        ppo(tmp_path).resume()
-
-
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_has(tmp_path: Path) -> None:
-    interrupted(tmp_path)
-    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
-    written = json.loads(state.read_text())
-    saved = written["state"]["identity"]
-    for name in ("policy", "critic", "reference"):
-        saved[name] = saved[name]["ends"]
-    del saved["eval_prompts"], saved["eos_token_ids"], written["state"]["eval_score"]
-    state.write_text(json.dumps(written))
-    ppo(tmp_path).resume()
-    with pytest.raises(CheckpointError, match="policy: '"):
-        ppo(tmp_path, policy_seed=3).resume()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_fingerprint_sees_every_weight_in_any_type(dtype: torch.dtype) -> None:
-    numbers = torch.arange(3_000_000).remainder(7).to(dtype)
-    before = sum_of_bits(numbers)
-    numbers[2_000_000] += 1
-    assert sum_of_bits(numbers) != before
-
-
-def test_what_only_changes_memory_and_speed_may_change(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    interrupted(tmp_path)
-    trainer = ppo(tmp_path, micro_batch_size=4, save_every=1)
-    trainer.resume()
-    assert "micro_batch_size: 2 before, 4 now" in caplog.text
-    trainer.train()
-
-
-def test_unknown_names_and_missing_checkpoints_are_said_so(tmp_path: Path) -> None:
-    trainer = ppo(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*empty"):
-        trainer.resume()
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no state\.json"):
-        trainer.resume(tmp_path)
-    interrupted(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="kl_coeff cannot be allowed"):
-        ppo(tmp_path / "run").resume(allow=["kl_coeff"])
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def without_files(path: Path) -> None:
-    """As earlier versions wrote it, and the weights cut."""
-    state = path.with_name("state.json")
-    written = json.loads(state.read_text())
-    del written["files"]
-    state.write_text(json.dumps(written))
-    cut(next(path.glob("*.safetensors")))
-
-
-@pytest.mark.parametrize(
-    ("where", "damage", "message"),
-    [
-        ("state.json", cut, r"state\.json cannot be read"),
-        ("state.json", lambda path: path.write_text("{}"), r"state\.json lacks engines, metric"),
-        ("policy/*.safetensors", cut, r"policy/.*safetensors has 100 bytes instead of \d+"),
-        ("critic/*.safetensors", Path.unlink, r"critic/.*safetensors is missing"),
-        ("critic", shutil.rmtree, r"critic/.*safetensors is missing"),
-        ("critic", without_files, "step-00000002 cannot be read: Error while deserializing header"),
-    ],
-)
-def test_a_damaged_checkpoint_is_said_so(
-    tmp_path: Path, where: str, damage: Any, message: str
-) -> None:
-    """What is damaged, and which to take instead; no model has changed."""
-    ppo(tmp_path, save_every=1).train()
-    older, newest = (tmp_path / "checkpoints" / f"step-0000000{number}" for number in (1, 2))
-    damage(next(newest.glob(where)))
-    trainer = ppo(tmp_path)
-    before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
-    with pytest.raises(CheckpointError, match=message) as caught:
-        trainer.resume()
-    assert f"Name the one before it, {older}, or delete" in str(caught.value)
-    assert all(torch.equal(*pair) for pair in zip(before, trainer.policy.parameters(), strict=True))
-    resumed = ppo(tmp_path, save_every=1)
-    resumed.resume(older)
-    resumed.train()  # which writes the damaged one anew
-
-
-def test_a_save_is_not_disturbed_by_a_damaged_checkpoint(tmp_path: Path) -> None:
-    interrupted(tmp_path)
-    cut(tmp_path / "checkpoints" / "step-00000001" / "state.json")
-    trainer = ppo(tmp_path)
-    trainer.updates_done = 2
-    trainer.save_checkpoint()
-    assert len(trainer.checkpoints.list()) == 2
-
-
-def test_a_checkpoint_without_one_of_the_models_is_refused(tmp_path: Path) -> None:
-    interrupted(tmp_path, critic="shared")
-    with pytest.raises(CheckpointError, match="has no critic: it is of a training without one"):
-        ppo(tmp_path).resume(allow=["critic"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"attention_bias": True}, "is only in the model"),
-        (
-            {"head_dim": 16},
-            r"has the shape \(.*\) in the checkpoint and \(.*\) in the model",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_architecture_is_refused(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    interrupted(tmp_path)
-    other = ppo(tmp_path, policy_options=options)
-    with pytest.raises(CheckpointError, match=message):
-        other.resume(allow=["policy", "critic", "reference"])
-
-
-def fail(*args: Any, **options: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = ppo(tmp_path, save_every=1)
-    save = checkpointing.save_tensors
-    tries = []
-
-    def sometimes(tensors: Any, folder: Path) -> None:
-        tries.append(folder)
-        if "step-00000002" in str(folder):
-            save(tensors, folder)
-            fail()
-        save(tensors, folder)
-
-    monkeypatch.setattr(checkpointing, "save_tensors", sometimes)
-    with caplog.at_level(logging.ERROR):
-        trainer.train()
-    assert "No space left on device. Earlier checkpoints are untouched" in caplog.text
-    assert [path.name for path in trainer.checkpoints.list()] == ["step-00000001"]
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-    assert (tmp_path / "config.json").exists()
-
-
-def test_a_full_disk_at_a_signal_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = ppo(tmp_path)
-    interrupt_after(trainer, 1)
-    monkeypatch.setattr(checkpointing, "save_tensors", fail)
-    with pytest.raises(OutputError, match=r"cannot write the checkpoint .*No space left"):
-        trainer.train()
 
 
 def test_random_states_survive_json() -> None:
