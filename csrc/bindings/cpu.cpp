@@ -148,6 +148,28 @@ void whiten(Input x, Input mask, int64_t rows, int64_t columns, double mean, dou
                  threads});
 }
 
+void whitened_gae(Input rewards, Input values, Input mask, bool mask_is_wide, int64_t rows,
+                  int64_t columns, float gamma, float lambda, double eps, uintptr_t advantages,
+                  uintptr_t returns, uintptr_t moments, int threads) {
+  std::vector<double> scratch(size_t(rows * kMoments));
+  active.whitened_gae({
+      series(rewards),
+      series(values),
+      mask_in(mask),
+      mask_is_wide ? pointer<const int64_t>(mask.first) : nullptr,
+      rows,
+      columns,
+      gamma,
+      lambda,
+      eps,
+      pointer<float>(advantages),
+      pointer<float>(returns),
+      pointer<double>(moments),
+      scratch.data(),
+      threads,
+  });
+}
+
 // (low, high, dual, value range; infinity where there is none)
 typedef std::tuple<float, float, float, float> ClippingIn;
 
@@ -249,6 +271,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rollout", &rollout, release_gil());
   module.def("moments", &moments, release_gil());
   module.def("whiten", &whiten, release_gil());
+  module.def("whitened_gae", &whitened_gae, release_gil());
   module.def("ppo_loss", &ppo_loss, release_gil());
   module.def("transpose", &transpose, release_gil());
   module.def("square_sum", &square_sum, release_gil());

@@ -10,10 +10,10 @@ namespace {
 #define RK_KERNELS(isa)                                                                      \
   Kernels {                                                                                  \
     #isa, isa::token_logprobs_forward, isa::token_logprobs_backward, isa::gae, isa::rollout, \
-        isa::moments, isa::whiten, isa::ppo_loss, isa::transpose, isa::square_sum,           \
-        isa::adamw_8bit, isa::swiglu_forward, isa::swiglu_backward, isa::rms_norm_forward,   \
-        isa::rms_norm_backward, isa::rotary, isa::row_attention_forward,                     \
-        isa::row_attention_backward                                                          \
+        isa::moments, isa::whiten, isa::whitened_gae, isa::ppo_loss, isa::transpose,         \
+        isa::square_sum, isa::adamw_8bit, isa::swiglu_forward, isa::swiglu_backward,         \
+        isa::rms_norm_forward, isa::rms_norm_backward, isa::rotary,                          \
+        isa::row_attention_forward, isa::row_attention_backward                              \
   }
 
 std::vector<Kernels> runnable_kernels() {

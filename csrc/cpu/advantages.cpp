@@ -279,6 +279,50 @@ Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   return moments_of(advantages, span.valid);
 }
 
+// At masked places the advantage of the next valid one, 0 behind the last, and that plus the value.
+void carry_back(const Span& span, const float* values, int64_t n, float* advantages,
+                float* returns) {
+  memset(advantages + span.end, 0, size_t(n - span.end) * sizeof(float));
+  memcpy(returns + span.end, values + span.end, size_t(n - span.end) * sizeof(float));
+  const int64_t first_hole = span.whole() ? span.end : span.first;
+  float next = 0.0f;
+  for (int64_t i = span.end - 1; i >= first_hole; --i) {
+    if (span.mask[i]) {
+      next = advantages[i];
+    } else {
+      advantages[i] = next;
+      returns[i] = next + values[i];
+    }
+  }
+  for (int64_t i = 0; i < span.first; ++i) {
+    advantages[i] = advantages[span.first];
+    returns[i] = advantages[span.first] + values[i];
+  }
+}
+
+Moments carried_sequence(const WhitenedGae& args, int64_t row) {
+  const int64_t n = args.columns;
+  Memory narrow(args.wide_mask ? (n + 3) / 4 : 0);
+  const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
+  if (args.wide_mask) {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(narrow.at(0));
+    narrow_mask(args.wide_mask + row * args.mask.row_stride, n, bytes);
+    mask = bytes;
+  }
+  const Span span = span_of(mask, n);
+  Dense dense(span, MaskedStep::skip, n);
+  const float* of_row = args.values.data + row * args.values.row_stride;
+  const GivenRewards rewards = {dense.in(args.rewards.data + row * args.rewards.row_stride)};
+  const float* values = dense.in(of_row);
+  float* advantages = dense.out(args.advantages + row * n);
+  float* returns = dense.out(args.returns + row * n);
+  dense_advantages(rewards, values, span.valid, 0.0f, {args.gamma, args.lambda, args.lambda},
+                   advantages, returns);
+  dense.finish();
+  carry_back(span, of_row, n, args.advantages + row * n, args.returns + row * n);
+  return moments_of(advantages, span.valid);
+}
+
 void store_moments(double* out, const Moments& moments) {
   out[0] = moments.count, out[1] = moments.mean, out[2] = moments.squares;
 }
@@ -323,6 +367,24 @@ void moments(const MomentsOf& args) {
     store_moments(args.scratch + kMoments * row, moments_of(x, span.valid));
   }
   store_moments(args.moments, total_of(args.scratch, args.rows));
+}
+
+void whitened_gae(const WhitenedGae& args) {
+  const int threads = threads_for(args.rows * args.columns, args.threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < args.rows; ++row) {
+    store_moments(args.scratch + kMoments * row, carried_sequence(args, row));
+  }
+  const Moments total = total_of(args.scratch, args.rows);
+  store_moments(args.moments, total);
+  if (total.count < 2.0) return;
+  const float mean = float(total.mean), rest = float(total.mean - double(mean));
+  const float scale = float(1.0 / sqrt(total.squares / (total.count - 1.0) + args.eps));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < args.rows; ++row) {
+    float* x = args.advantages + row * args.columns;
+    for (int64_t i = 0; i < args.columns; ++i) x[i] = (x[i] - mean - rest) * scale;
+  }
 }
 
 void whiten(const Whiten& args) {

@@ -89,6 +89,24 @@ struct MomentsOf {
   int threads;
 };
 
+// GAE over the valid tokens of [rows, columns]; masked places get the next valid advantage (0 behind
+// the last), and that plus the value as return. Then the advantages are whitened, all of them, by
+// mean and variance (over n - 1) of the valid ones, if there are two at least.
+struct WhitenedGae {
+  Series rewards;
+  Series values;
+  Mask mask;                 // its data is not read where there is a wide one
+  const int64_t* wide_mask;  // the same in eight bytes an element, or null
+  int64_t rows, columns;
+  float gamma, lambda;
+  double eps;  // added to the variance
+  float* advantages;  // contiguous, like the returns
+  float* returns;
+  double* moments;  // [kMoments], of the advantages
+  double* scratch;  // [rows, kMoments]
+  int threads;
+};
+
 // (x - mean)·scale + shift at the valid places, 0 elsewhere.
 struct Whiten {
   Series x;
@@ -286,6 +304,7 @@ struct Kernels {
   void (*rollout)(const Rollout&);
   void (*moments)(const MomentsOf&);
   void (*whiten)(const Whiten&);
+  void (*whitened_gae)(const WhitenedGae&);
   void (*ppo_loss)(const PpoLoss&);
   void (*transpose)(const Transpose&);
   double (*square_sum)(const SquareSum&);
@@ -307,6 +326,7 @@ struct Kernels {
   void rollout(const Rollout& args);                               \
   void moments(const MomentsOf& args);                             \
   void whiten(const Whiten& args);                                 \
+  void whitened_gae(const WhitenedGae& args);                      \
   void ppo_loss(const PpoLoss& args);                              \
   void transpose(const Transpose& args);                           \
   double square_sum(const SquareSum& args);                        \

@@ -33,6 +33,24 @@ RK_FORMULA int64_t count_in_vector(const uint8_t* mask) {
 }
 #endif
 
+// 1 in each byte whose number is not 0.
+RK_FORMULA void narrow_mask(const int64_t* wide, int64_t n, uint8_t* bytes) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  // GCC 12 narrows such a comparison a lane at a time.
+  for (; i + 64 <= n; i += 64) {
+    uint64_t set = 0;
+    for (int part = 0; part < 8; ++part) {
+      const __m512i numbers = load_as<__m512i>(wide + i + 8 * part);
+      set |= uint64_t(_mm512_test_epi64_mask(numbers, numbers)) << 8 * part;
+    }
+    const __m512i ones = _mm512_maskz_set1_epi8(set, 1);
+    memcpy(bytes + i, &ones, sizeof(ones));
+  }
+#endif
+  for (; i < n; ++i) bytes[i] = wide[i] != 0;
+}
+
 RK_FORMULA int64_t count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
   int64_t i = 0;

@@ -56,6 +56,7 @@ PRIMITIVES = frozenset(
         "rollout_forward",
         "moments",
         "whiten",
+        "whitened_gae",
         "ppo_loss_forward",
         "swiglu_forward",
         "swiglu_backward",
@@ -259,6 +260,32 @@ def whiten(x: Tensor, mask: Tensor, total: Tensor, shift_mean: bool, eps: float)
         torch.get_num_threads(),
     )
     return out
+
+
+def whitened_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages and returns [B, T] (see `ops.whitened_gae`), and the advantages' `moments`."""
+    rows, columns = rewards.shape
+    advantages, returns = (empty((rows, columns), torch.float32) for _ in range(2))
+    moments = empty((3,), torch.float64)
+    rewards, values = float_rows(rewards), float_rows(values)
+    wide = mask.dtype == torch.int64  # as a tokenizer's mask is: read as it stands
+    mask = unit_columns(mask if wide else mask.bool())
+    _cpu.whitened_gae(
+        *map(addresses.series, (rewards, values, mask)),
+        wide,
+        rows,
+        columns,
+        gamma,
+        lam,
+        eps,
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        moments.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return advantages, returns, moments
 
 
 def _as_grid(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
