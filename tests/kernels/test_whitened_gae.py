@@ -81,7 +81,7 @@ def test_sizes(backend, rows, length, dtype):
     """Around the widths of vectors, with holes, empty rows and padding on both sides."""
     rewards, values = normal(rows, length, seed=1), normal(rows, length, seed=2)
     check(backend, rewards, values, random_mask(rows, length).to(dtype), 1.0, 0.95)
-    lengths = torch.arange(rows)[:, None] * length // rows + 1
+    lengths = torch.arange(rows)[:, None] * length // rows + 2
     padded = (torch.arange(length) < lengths).to(dtype)
     check(backend, rewards, values, padded | padded.flip(1) if rows > 1 else padded, 1.0, 0.95)
 
