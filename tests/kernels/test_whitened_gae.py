@@ -56,7 +56,7 @@ def check(
     steps = min(length, 1 / (1 - gamma * lam)) if gamma * lam < 1 else length
     error = 4 * EPS * steps * (1 + abs(summed).max() + abs(carried).max())
     close(returns, summed, error)
-    # The deviation divides it, and is off by as much itself; then two roundings at the result's size.
+    # The deviation divides it, and is off by as much itself; then two roundings at that size.
     deviation = math.sqrt(carried[mask.bool().cpu().numpy()].var(ddof=1) + 1e-8)
     size = 1 + abs(whitened).max()
     close(advantages, whitened, (2 * error / deviation + 4 * EPS) * size)
@@ -76,7 +76,7 @@ def test_any_mask(backend, mask, dtype, gamma, lam, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-@pytest.mark.parametrize(("rows", "length"), [(1, 2), (3, 63), (5, 64), (4, 65), (37, 130), (3, 300)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 2), (3, 63), (5, 64), (4, 65), (37, 130)])
 def test_sizes(backend, rows, length, dtype):
     """Around the widths of vectors, with holes, empty rows and padding on both sides."""
     rewards, values = normal(rows, length, seed=1), normal(rows, length, seed=2)
