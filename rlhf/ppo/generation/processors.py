@@ -20,6 +20,8 @@ from rlhf.ppo.generation.options import warpers
 from rlhf.ppo.generation.settings import GenerationSettings
 from rlhf.ppo.seeds import derive_seed
 
+BLOCK = 256  # tokens, of which a step of sampling sums up all and searches one block
+
 
 def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor:
     """fp64 [rows, steps] in [0, 1): a stream for each row, from the seed and its number."""
@@ -49,20 +51,32 @@ def shaping(settings: GenerationSettings) -> LogitsProcessorList:
 def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     """The token of each row by inverse transform sampling, int64 [B].
 
-    One uniform number a row, looked up in the cumulative distribution. ``torch.multinomial`` draws
-    one for every entry of the vocabulary, which on a CPU takes a third of the time of a step.
+    One uniform number a row, looked up in the cumulative distribution: that of blocks of the
+    vocabulary first, then that inside the block found. ``torch.multinomial`` draws a number for
+    every entry of the vocabulary instead, which on a CPU takes a third of the time of a step.
 
     Args:
         scores: [B, V], the logarithm of the distribution up to a constant a row.
         uniforms: fp64 [B] in [0, 1).
     """
+    shares = scores.softmax(-1, dtype=torch.float32)
+    blocks = torch.nn.functional.pad(shares, (0, -shares.shape[-1] % BLOCK))
+    blocks = blocks.unflatten(-1, (-1, BLOCK))
     # float64 from here on: rare tokens keep their share next to a sum near 1.
-    cumulative = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
-    point = uniforms[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative share exceeds the point, so never one of probability 0;
-    # the largest point can round up to the total itself.
-    token = torch.searchsorted(cumulative, point, right=True).clamp(max=scores.shape[-1] - 1)
-    return token[:, 0]
+    ends = blocks.sum(-1).double().cumsum(-1)
+    total = ends[:, -1:]
+    # The largest number times the total can round up to the total, behind which nothing stands.
+    point = (uniforms[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    # The first end that exceeds the point, so never a block, or below a token, of probability 0.
+    # Clamped for NaN, which exceeds nothing: whoever calls looks for it, but maybe later.
+    block = torch.searchsorted(ends, point, right=True).clamp(max=blocks.shape[1] - 1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double()
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    place = torch.searchsorted(before + inside.cumsum(-1), point, right=True)
+    # The block's own sum rounds otherwise, so the point can lie behind its last token.
+    last = BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
+    token = block * BLOCK + place.minimum(last)
+    return token[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
 def only(token: Tensor, scores: Tensor) -> Tensor:
