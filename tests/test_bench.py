@@ -355,9 +355,11 @@ def test_plots_are_drawn_where_matplotlib_is(
     rows = measure(operations.load("token_logprobs"), LOGITS, turns=1).rows
     (path,) = plots.write_plots(tmp_path, rows)
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert plots.unavailable_reason() is None
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="matplotlib"):
         plots.write_plots(tmp_path, rows)
+    assert "cannot be imported" in str(plots.unavailable_reason())
 
 
 def test_the_wheel_holds_the_benchmark() -> None:

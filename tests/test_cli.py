@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from word_models import HOSTILE, NEUTRAL, WARM, save_word_model
 
-from rlhf.cli import COMMANDS, build_parser, main, with_underscores
+from rlhf.cli import build_parser, main, with_underscores
+from rlhf.commands import COMMANDS
 from rlhf.data import DataError
 from rlhf.sources import load_reward
 from rlhf.yaml_settings import has_settings

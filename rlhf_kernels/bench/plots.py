@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ def unavailable_reason() -> str | None:
     """Why nothing can be drawn, with what to install; None: it can."""
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed (pip install matplotlib)"
+    try:
+        importlib.import_module("matplotlib.figure")
+    except Exception as error:  # whatever an installation lacks, hours of measuring are worth more
+        return f"matplotlib cannot be imported ({error}; pip install --force-reinstall matplotlib)"
     return None
 
 
