@@ -111,26 +111,28 @@ void dense_advantages(const Rewards& rewards, const float* values, int64_t n, fl
   }
 }
 
-// The mean first: deviations, rather than squares, keep a small variance exact.
+// In one pass, by deviations from the first number. It is one of them, so no further from the mean
+// than all deviations together: their squares lose the digits of n at most, of double's.
 Moments moments_of(const float* x, int64_t n) {
-  Moments found = {double(n), 0.0, 0.0};
+  if (n == 0) return {0.0, 0.0, 0.0};
+  const double first = double(x[0]);
   const int64_t whole = n / kLanes * kLanes;
-  Doubles sum = {}, squares = {};
+  Doubles sums = {}, squares = {};
   for (int64_t i = 0; i < whole; i += kLanes) {
-    sum += __builtin_convertvector(load<Float32>(x + i), Doubles);
-  }
-  double total = sum_of_lanes(sum);
-  for (int64_t i = whole; i < n; ++i) total += double(x[i]);
-  found.mean = n ? total / double(n) : 0.0;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Doubles deviation = __builtin_convertvector(load<Float32>(x + i), Doubles) - found.mean;
+    const Doubles deviation = __builtin_convertvector(load<Float32>(x + i), Doubles) - first;
+    sums += deviation;
     squares += deviation * deviation;
   }
-  found.squares = sum_of_lanes(squares);
+  double sum = sum_of_lanes(sums), square_sum = sum_of_lanes(squares);
   for (int64_t i = whole; i < n; ++i) {
-    found.squares += (double(x[i]) - found.mean) * (double(x[i]) - found.mean);
+    const double deviation = double(x[i]) - first;
+    sum += deviation;
+    square_sum += deviation * deviation;
   }
-  return found;
+  const double shift = sum / double(n);
+  const double around_mean = square_sum - sum * shift;
+  // Rounding can make it negative; NaN stays.
+  return {double(n), first + shift, around_mean < 0.0 ? 0.0 : around_mean};
 }
 
 // The places of one sequence that take a step: from the first valid one to the last.
@@ -300,8 +302,15 @@ void carry_back(const Span& span, const float* values, int64_t n, float* advanta
   }
 }
 
+// Has the numbers fetched while the mask is read.
+void prefetch(const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i);
+}
+
 Moments carried_sequence(const WhitenedGae& args, int64_t row) {
   const int64_t n = args.columns;
+  prefetch(args.rewards.data + row * args.rewards.row_stride, n);
+  prefetch(args.values.data + row * args.values.row_stride, n);
   Memory narrow(args.wide_mask ? (n + 3) / 4 : 0);
   const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
   if (args.wide_mask) {
