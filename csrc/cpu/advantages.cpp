@@ -111,10 +111,11 @@ void dense_advantages(const Rewards& rewards, const float* values, int64_t n, fl
   }
 }
 
-// In one pass, by deviations from the first number. It is one of them, so no further from the mean
-// than all deviations together: their squares lose the digits of n at most, of double's.
-Moments moments_of(const float* x, int64_t n) {
-  if (n == 0) return {0.0, 0.0, 0.0};
+constexpr int64_t kPiece = 4096;  // numbers whose deviations are taken from the same one
+
+// In one pass, by deviations from the first number. It is one of them, so the squares around it are at
+// most n times those around the mean: for so few, that leaves double's sums more digits than float has.
+Moments moments_of_piece(const float* x, int64_t n) {
   const double first = double(x[0]);
   const int64_t whole = n / kLanes * kLanes;
   Doubles sums = {}, squares = {};
@@ -133,6 +134,14 @@ Moments moments_of(const float* x, int64_t n) {
   const double around_mean = square_sum - sum * shift;
   // Rounding can make it negative; NaN stays.
   return {double(n), first + shift, around_mean < 0.0 ? 0.0 : around_mean};
+}
+
+Moments moments_of(const float* x, int64_t n) {
+  Moments total = {};
+  for (int64_t start = 0; start < n; start += kPiece) {
+    total.add(moments_of_piece(x + start, n - start < kPiece ? n - start : kPiece));
+  }
+  return total;
 }
 
 // The places of one sequence that take a step: from the first valid one to the last.

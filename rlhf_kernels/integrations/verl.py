@@ -16,7 +16,8 @@ rounded once. Where they differ on purpose:
 - Masks hold zeros and ones, of any dtype, bool where verl's GAE refuses it. (`masked_mean` and
   `agg_loss` take weights too, as verl's do.)
 - NaN and infinities at masked places reach no output and no gradient. GAE, whitening and `agg_loss`
-  over sequences let them through in verl. (Whitening leaves them where they stand.)
+  over sequences let them through in verl. (Whitening leaves them where they stand, and GAE a
+  value's in the return there.)
 - Logits of -inf add nothing to an entropy, which is NaN in verl.
 - A label of -100 has log-probability 0, as in verl where flash-attn is installed.
 - Where a ratio is exactly the dual clip's bound, or both value losses are the same by chance, the

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernel_cases import EPS, backends_for, close, masks, normal, poisoned, random_mask
 
 from rlhf_kernels import kl_penalty, masked_mean, masked_whiten, shaped_rewards
+from rlhf_kernels.ops.whiten import moments
 
 FORMULAS = {
     "k1": lambda r: r,
@@ -92,6 +93,22 @@ def test_whitening_small_deviations_around_a_large_mean():
     close(masked_whiten(x, mask), oracle.whiten(x, mask), 2 * EPS * 1000 / 0.01)
     result = masked_whiten(x, mask)
     assert abs(result.std(correction=0) - 1) < 0.01 and abs(result.mean()) < 0.01
+
+
+@pytest.mark.parametrize("backend", backends_for("moments"))
+@pytest.mark.parametrize("first", [0.0, 1e4])
+def test_a_long_series_whose_first_number_stands_apart(backend: str, first: float):
+    """Deviations from it alone would be a million times as large as those from the mean."""
+    x = torch.full((1_000_000,), 0.1)
+    x[0] = first
+    count, mean, squares = moments(x, torch.ones_like(x, dtype=torch.bool), backend).tolist()
+    exact = oracle.array(x)
+    assert count == len(exact)
+    # Sums of 4096 numbers, whose squares lose as much again against those around the mean.
+    bound = 4096**2 * torch.finfo(torch.float64).eps
+    assert abs(mean - exact.mean()) <= bound * abs(exact.mean())
+    around = ((exact - exact.mean()) ** 2).sum()
+    assert abs(squares - around) <= bound * around
 
 
 def test_whitening_detaches_and_has_an_eps():
