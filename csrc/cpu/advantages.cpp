@@ -318,8 +318,7 @@ void prefetch(const float* x, int64_t n) {
 
 Moments carried_sequence(const WhitenedGae& args, int64_t row) {
   const int64_t n = args.columns;
-  prefetch(args.rewards.data + row * args.rewards.row_stride, n);
-  prefetch(args.values.data + row * args.values.row_stride, n);
+  prefetch(args.values.data + row * args.values.row_stride, n);  // the rewards only up to the last one
   Memory narrow(args.wide_mask ? (n + 3) / 4 : 0);
   const uint8_t* mask = args.mask.data + row * args.mask.row_stride;
   if (args.wide_mask) {
@@ -328,6 +327,7 @@ Moments carried_sequence(const WhitenedGae& args, int64_t row) {
     mask = bytes;
   }
   const Span span = span_of(mask, n);
+  prefetch(args.rewards.data + row * args.rewards.row_stride + span.first, span.end - span.first);
   Dense dense(span, MaskedStep::skip, n);
   const float* of_row = args.values.data + row * args.values.row_stride;
   const GivenRewards rewards = {dense.in(args.rewards.data + row * args.rewards.row_stride)};
