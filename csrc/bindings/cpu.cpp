@@ -151,7 +151,7 @@ void whiten(Input x, Input mask, int64_t rows, int64_t columns, double mean, dou
 void whitened_gae(Input rewards, Input values, Input mask, bool mask_is_wide, int64_t rows,
                   int64_t columns, float gamma, float lambda, double eps, uintptr_t advantages,
                   uintptr_t returns, uintptr_t moments, int threads) {
-  std::vector<double> scratch(size_t(rows * kMoments));
+  std::vector<double> scratch(size_t(rows * (kMoments + 1)));
   active.whitened_gae({
       series(rewards),
       series(values),

@@ -290,10 +290,10 @@ Moments rollout_sequence(const Rollout& args, int64_t sequence) {
   return moments_of(advantages, span.valid);
 }
 
-// At masked places the advantage of the next valid one, 0 behind the last, and that plus the value.
+// At masked places the advantage of the next valid one, and that plus the value. Behind the last one
+// advantages are 0, which nobody reads before they are whitened: they are not written here.
 void carry_back(const Span& span, const float* values, int64_t n, float* advantages,
                 float* returns) {
-  memset(advantages + span.end, 0, size_t(n - span.end) * sizeof(float));
   memcpy(returns + span.end, values + span.end, size_t(n - span.end) * sizeof(float));
   const int64_t first_hole = span.whole() ? span.end : span.first;
   float next = 0.0f;
@@ -316,7 +316,12 @@ void prefetch(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(x + i);
 }
 
-Moments carried_sequence(const WhitenedGae& args, int64_t row) {
+struct Carried {
+  Moments moments;
+  int64_t end;  // one past the last valid place
+};
+
+Carried carried_sequence(const WhitenedGae& args, int64_t row) {
   const int64_t n = args.columns;
   prefetch(args.values.data + row * args.values.row_stride, n);  // the rewards only up to the last one
   Memory narrow(args.wide_mask ? (n + 3) / 4 : 0);
@@ -336,9 +341,9 @@ Moments carried_sequence(const WhitenedGae& args, int64_t row) {
   float* returns = dense.out(args.returns + row * n);
   dense_advantages(rewards, values, span.valid, 0.0f, {args.gamma, args.lambda, args.lambda},
                    advantages, returns);
-  dense.finish();
+  if (!span.whole()) dense.finish();
   carry_back(span, of_row, n, args.advantages + row * n, args.returns + row * n);
-  return moments_of(advantages, span.valid);
+  return {moments_of(advantages, span.valid), span.end};
 }
 
 void store_moments(double* out, const Moments& moments) {
@@ -352,6 +357,13 @@ Moments total_of(const double* rows, int64_t count) {
     total.add({own[0], own[1], own[2]});
   }
   return total;
+}
+
+// The advantages of a sequence, written up to `end`, and 0 from there on.
+void whiten_carried(float* x, int64_t end, int64_t n, double mean, double scale) {
+  const float upper = float(mean), rest = float(mean - double(upper)), factor = float(scale);
+  for (int64_t i = 0; i < end; ++i) x[i] = (x[i] - upper - rest) * factor;
+  for (int64_t i = end; i < n; ++i) x[i] = (0.0f - upper - rest) * factor;
 }
 
 // Below this many tokens, waiting for a second core may cost more than it saves.
@@ -389,19 +401,22 @@ void moments(const MomentsOf& args) {
 
 void whitened_gae(const WhitenedGae& args) {
   const int threads = threads_for(args.rows * args.columns, args.threads);
+  double* moments = args.scratch;
+  double* ends = args.scratch + kMoments * args.rows;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < args.rows; ++row) {
-    store_moments(args.scratch + kMoments * row, carried_sequence(args, row));
+    const Carried carried = carried_sequence(args, row);
+    store_moments(moments + kMoments * row, carried.moments);
+    ends[row] = double(carried.end);
   }
-  const Moments total = total_of(args.scratch, args.rows);
+  const Moments total = total_of(moments, args.rows);
   store_moments(args.moments, total);
   if (total.count < 2.0) return;
-  const float mean = float(total.mean), rest = float(total.mean - double(mean));
-  const float scale = float(1.0 / sqrt(total.squares / (total.count - 1.0) + args.eps));
+  const double scale = 1.0 / sqrt(total.squares / (total.count - 1.0) + args.eps);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < args.rows; ++row) {
-    float* x = args.advantages + row * args.columns;
-    for (int64_t i = 0; i < args.columns; ++i) x[i] = (x[i] - mean - rest) * scale;
+    whiten_carried(args.advantages + row * args.columns, int64_t(ends[row]), args.columns, total.mean,
+                   scale);
   }
 }
 

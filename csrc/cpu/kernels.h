@@ -103,7 +103,7 @@ struct WhitenedGae {
   float* advantages;  // contiguous, like the returns
   float* returns;
   double* moments;  // [kMoments], of the advantages
-  double* scratch;  // [rows, kMoments]
+  double* scratch;  // [rows, kMoments + 1]
   int threads;
 };
 
