@@ -124,16 +124,9 @@ Moments moments_of_piece(const float* x, int64_t n) {
     sums += deviation;
     squares += deviation * deviation;
   }
-  double sum = sum_of_lanes(sums), square_sum = sum_of_lanes(squares);
-  for (int64_t i = whole; i < n; ++i) {
-    const double deviation = double(x[i]) - first;
-    sum += deviation;
-    square_sum += deviation * deviation;
-  }
-  const double shift = sum / double(n);
-  const double around_mean = square_sum - sum * shift;
-  // Rounding can make it negative; NaN stays.
-  return {double(n), first + shift, around_mean < 0.0 ? 0.0 : around_mean};
+  Deviations found = {x[0], sum_of_lanes(sums), sum_of_lanes(squares)};
+  for (int64_t i = whole; i < n; ++i) found.add(x[i], false);
+  return found.moments(int(n));
 }
 
 Moments moments_of(const float* x, int64_t n) {
