@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 
 from rlhf_kernels.backends.triton import ppo_loss as kernels
+from rlhf_kernels.backends.triton.ppo_divisor import count_kernel, divisor_kernel
+from rlhf_kernels.backends.triton.ppo_sums import PARTIAL, finish_kernel
 from rlhf_kernels.backends.triton.tensors import as_rows, is_aligned, mask_bytes, rows, vector
 from rlhf_kernels.ppo_types import NUM_STATS, PPOLossConfig
 
@@ -65,7 +67,7 @@ def ppo_loss_forward(
     with torch.cuda.device_of(logprobs):
         counts, divisor = _divisors(present["mask"], cu_seqlens, config.aggregation, normalizer)
         programs, places = _places(present, cu_seqlens, by_sequence=counts is not None)
-        partials = logprobs.new_empty(programs, kernels.PARTIAL.value, dtype=torch.float32)
+        partials = logprobs.new_empty(programs, PARTIAL.value, dtype=torch.float32)
         if programs > 0:
             kernel = kernels.aligned_loss_kernel if places["ALIGNED"] else kernels.loss_kernel
             kernel[(programs,)](
@@ -80,7 +82,7 @@ def ppo_loss_forward(
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )
-        kernels.finish_kernel[(1,)](
+        finish_kernel[(1,)](
             partials,
             programs,
             **coefficients,
@@ -129,14 +131,14 @@ def _divisors(
     parts = triton.cdiv(columns, part) if by_token else 1
     counts = torch.empty(number * parts, dtype=torch.int32, device=mask.device)
     if len(counts) > 0:
-        kernels.count_kernel[(len(counts),)](
+        count_kernel[(len(counts),)](
             *(mask, mask.stride(0), cu_seqlens, columns, part, parts, counts),
             BLOCK=COUNT_BLOCK,
             num_warps=NUM_WARPS,
         )
     if normalizer is None:
         divisor = torch.empty(1, dtype=torch.float32, device=mask.device)
-        kernels.divisor_kernel[(1,)](
+        divisor_kernel[(1,)](
             counts, len(counts), divisor, TOKENS=by_token, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     else:
