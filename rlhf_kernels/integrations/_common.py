@@ -11,8 +11,16 @@ import rlhf_kernels
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of PyTorch's arithmetic between them; an integer mask changes none."""
+    """The dtype of PyTorch's arithmetic between them; an integer mask changes none.
+
+    Raises:
+        TypeError: None is floating-point.
+    """
     dtypes = [each.dtype for each in tensors if each is not None and each.is_floating_point()]
+    if not dtypes:
+        raise TypeError(
+            "all tensors given hold integers; expected floating-point numbers (.float())"
+        )
     return functools.reduce(torch.promote_types, dtypes)
 
 

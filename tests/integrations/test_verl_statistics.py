@@ -120,6 +120,12 @@ def test_gae(
     close(found, expected, tolerance + BESSEL * enlarged)
 
 
+def test_gae_of_integers_alone_is_an_error_that_says_so() -> None:
+    whole = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"integers; expected floating-point"):
+        verl.compute_gae_advantage_return(whole, whole, whole, 1.0, 1.0)
+
+
 def test_gae_ignores_what_stands_at_masked_places() -> None:
     mask = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]])
     rewards = normal(2, 4, seed=0, dtype=torch.float32)
