@@ -99,16 +99,20 @@ def test_whitening_small_deviations_around_a_large_mean():
 @pytest.mark.parametrize("first", [0.0, 1e4])
 def test_a_long_series_whose_first_number_stands_apart(backend: str, first: float):
     """Deviations from it alone would be a million times as large as those from the mean."""
-    x = torch.full((1_000_000,), 0.1)
+    x = torch.full((1 << 20,), 0.1)
     x[0] = first
     count, mean, squares = moments(x, torch.ones_like(x, dtype=torch.bool), backend).tolist()
     exact = oracle.array(x)
-    assert count == len(exact)
-    # Sums of 4096 numbers, whose squares lose as much again against those around the mean.
-    bound = 4096**2 * torch.finfo(torch.float64).eps
-    assert abs(mean - exact.mean()) <= bound * abs(exact.mean())
     around = ((exact - exact.mean()) ** 2).sum()
-    assert abs(squares - around) <= bound * around
+    assert count == len(exact)
+    if backend == "triton":  # rounds to float32 in a block of 1024, by the size of its largest
+        largest = abs(exact).reshape(-1, 1024).max(axis=1)
+        of_mean, of_squares = 2 * EPS * largest.mean(), 16 * EPS * around
+    else:  # sums of 4096 numbers, whose squares lose as much again against those around the mean
+        rounding = 4096**2 * torch.finfo(torch.float64).eps
+        of_mean, of_squares = rounding * abs(exact.mean()), rounding * around
+    assert abs(mean - exact.mean()) <= of_mean
+    assert abs(squares - around) <= of_squares
 
 
 def test_whitening_detaches_and_has_an_eps():
