@@ -35,6 +35,7 @@ CPU_KERNELS = [
     "rotary",
     "row_attention_forward",
     "row_attention_backward",
+    "cached_attention",
 ]
 CPU_BINDINGS = ["cpu", "cpu_layers", "cpu_instruction_sets"]
 CUDA_KERNELS = ["advantages", "ppo_loss", "whiten"]

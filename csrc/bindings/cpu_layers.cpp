@@ -67,17 +67,17 @@ void rms_norm_backward(const RowsTuple& grad, const RowsTuple& x, uintptr_t weig
 }
 
 // (address, type, stride of the sequences, of the heads, of the steps)
-typedef std::tuple<uintptr_t, int, int64_t, int64_t, int64_t> RotaryIn;
+typedef std::tuple<uintptr_t, int, int64_t, int64_t, int64_t> HeadsOfSteps;
 
-HeadStrides head_strides(const RotaryIn& in) {
+HeadStrides head_strides(const HeadsOfSteps& in) {
   return {std::get<2>(in), std::get<3>(in), std::get<4>(in)};
 }
 
 // (sequences, heads, steps, width)
 typedef std::tuple<int64_t, int64_t, int64_t, int64_t> HeadsShape;
 
-void rotary(const HeadsShape& shape, const RotaryIn& x, const RotaryIn& cos, const RotaryIn& sin,
-            const RotaryIn& out, bool adjoint, int threads) {
+void rotary(const HeadsShape& shape, const HeadsOfSteps& x, const HeadsOfSteps& cos,
+            const HeadsOfSteps& sin, const HeadsOfSteps& out, bool adjoint, int threads) {
   active.rotary({
       std::get<0>(shape),
       std::get<1>(shape),
@@ -138,6 +138,10 @@ std::vector<RowAttentionTask> attention_tasks(const RowsOfTokens& rows, int64_t 
 }
 
 // Threads are worth their start only from some number of multiplications on.
+int useful_threads(double products, int64_t tasks, int threads) {
+  return std::max(1, int(std::min({1 + products / 2e5, double(tasks), double(threads)})));
+}
+
 int attention_threads(const std::vector<RowAttentionTask>& tasks, int64_t group, int64_t size,
                       int threads) {
   double products = 0;
@@ -145,8 +149,16 @@ int attention_threads(const std::vector<RowAttentionTask>& tasks, int64_t group,
     const int64_t queries = std::min(task.tokens, kAttentionTile);
     products += double(queries) * double(task.tokens) * double(group * size);
   }
-  const double useful = std::min(1 + products / 2e5, double(tasks.size()));
-  return std::max(1, int(std::min(useful, double(threads))));
+  return useful_threads(products, int64_t(tasks.size()), threads);
+}
+
+// In floats, of the widest vectors.
+int64_t whole_vectors(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Not initialised, and beginning at a whole vector.
+float* new_floats(int64_t count, std::unique_ptr<float[]>& memory) {
+  memory.reset(new float[size_t(count + 16)]);
+  return pointer<float>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
 // What both directions need, with the memory behind it.
@@ -160,8 +172,7 @@ Attention attention(const AttentionInputs& in, const AttentionSettings& settings
                     const RowsOfTokens& rows, bool backward, int threads) {
   const auto& [heads, kv_heads, size, type, scale] = settings;
   const int64_t group = heads / kv_heads;
-  constexpr int64_t kVector = 16;  // floats, of the widest vectors
-  const int64_t padded = std::max(kAttentionTile, (size + kVector - 1) / kVector * kVector);
+  const int64_t padded = std::max(kAttentionTile, whole_vectors(size));
   Attention all = {attention_tasks(rows, kv_heads, !backward), nullptr, {}};
   threads = attention_threads(all.tasks, group, size, threads);
   int64_t tiles = kForwardTiles + kForwardTilesOfHead * group, longest = 0;
@@ -170,9 +181,7 @@ Attention attention(const AttentionInputs& in, const AttentionSettings& settings
     for (const RowAttentionTask& task : all.tasks) longest = std::max(longest, task.tokens);
   }
   const int64_t of_thread = (tiles * kAttentionTile + 2 * longest) * padded;
-  all.memory.reset(new float[size_t(threads * of_thread + kVector)]);  // not initialised
-  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(all.memory.get());
-  float* scratch = pointer<float>((unaligned + 63) / 64 * 64);
+  float* scratch = new_floats(threads * of_thread, all.memory);
   all.shared = {heads_in(std::get<0>(in)),
                 heads_in(std::get<1>(in)),
                 heads_in(std::get<2>(in)),
@@ -208,6 +217,42 @@ void row_attention_backward(const AttentionInputs& in, const AttentionSettings& 
                                  pointer<void>(grad_key), pointer<void>(grad_value)});
 }
 
+// (rows, heads of keys and values, query heads of each, keys, size of a head)
+typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> CacheShape;
+
+void cached_attention(const CacheShape& shape, const HeadsOfSteps& query, const HeadsOfSteps& key,
+                      const HeadsOfSteps& value, const std::pair<uintptr_t, int64_t>& mask,
+                      float scale, uintptr_t out, int threads) {
+  const auto& [rows, kv_heads, group, keys, size] = shape;
+  const int64_t padded = whole_vectors(size), padded_keys = whole_vectors(keys);
+  const int64_t of_thread = (2 * group + 1) * padded + group * padded_keys;
+  threads = useful_threads(double(rows * kv_heads * group) * double(keys * size), rows * kv_heads,
+                           threads);
+  std::unique_ptr<float[]> memory;
+  active.cached_attention({
+      rows,
+      kv_heads,
+      group,
+      keys,
+      size,
+      pointer<const void>(std::get<0>(query)),
+      head_strides(query),
+      pointer<const void>(std::get<0>(key)),
+      pointer<const void>(std::get<0>(value)),
+      head_strides(key),
+      head_strides(value),
+      ElementType(std::get<1>(query)),
+      {pointer<const uint8_t>(mask.first), mask.second},
+      scale,
+      pointer<void>(out),
+      new_floats(threads * of_thread, memory),
+      padded,
+      padded_keys,
+      of_thread,
+      threads,
+  });
+}
+
 }  // namespace
 
 void rk::define_layers(py::module_& module) {
@@ -219,4 +264,5 @@ void rk::define_layers(py::module_& module) {
   module.def("rotary", &rotary, release_gil());
   module.def("row_attention_forward", &row_attention_forward, release_gil());
   module.def("row_attention_backward", &row_attention_backward, release_gil());
+  module.def("cached_attention", &cached_attention, release_gil());
 }

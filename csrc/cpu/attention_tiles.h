@@ -133,5 +133,11 @@ RK_FORMULA Floats exp_bounded(Floats x) {  // for x <= 0
   return exp2_bounded(bounded_exponent(x * kLog2OfE));
 }
 
+RK_FORMULA void multiply_row(float* x, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    store<Float32>(x + i, factor * load_as<Floats>(x + i));
+  }
+}
+
 }  // namespace RK_ISA
 }  // namespace rk

@@ -296,6 +296,24 @@ struct RowAttentionBackward {
   void *grad_query, *grad_key, *grad_value;  // contiguous
 };
 
+// One query a row, [rows, kv_heads · group, size], against its own keys, [rows, kv_heads, keys, size];
+// the numbers of a head contiguous.
+struct CachedAttention {
+  int64_t rows, kv_heads, group, keys, size;
+  const void* query;
+  HeadStrides query_strides;  // that of the steps is not read
+  const void *key, *value;
+  HeadStrides key_strides, value_strides;
+  ElementType type;  // of all inputs and the output
+  Mask mask;         // [rows, keys], or null
+  float scale;
+  void* out;  // as the query, contiguous
+  float* scratch;
+  int64_t padded, padded_keys;  // size and keys in whole vectors of every instruction set
+  int64_t scratch_stride;       // floats of a thread
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*token_logprobs_forward)(const TokenLogprobsForward&);
@@ -316,6 +334,7 @@ struct Kernels {
   void (*rotary)(const Rotary&);
   void (*row_attention_forward)(const RowAttentionForward&);
   void (*row_attention_backward)(const RowAttentionBackward&);
+  void (*cached_attention)(const CachedAttention&);
 };
 
 #define RK_DECLARE_KERNELS(isa)                                    \
@@ -338,6 +357,7 @@ struct Kernels {
   void rotary(const Rotary& args);                                 \
   void row_attention_forward(const RowAttentionForward& args);     \
   void row_attention_backward(const RowAttentionBackward& args);   \
+  void cached_attention(const CachedAttention& args);              \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -43,12 +43,6 @@ float softmax_row(float* scores, int64_t row, int64_t keys, float& max, float& s
   return factor;
 }
 
-RK_FORMULA void multiply_row(float* x, float factor, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    store<Float32>(x + i, factor * load_as<Floats>(x + i));
-  }
-}
-
 // first: of the tiles of keys, so nothing has been summed before.
 template <bool kDiagonal>
 void softmax_tile(const TilePair& pair, float* scores, SoftmaxState& state, float* out,

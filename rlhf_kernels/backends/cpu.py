@@ -19,6 +19,7 @@ from rlhf_kernels.backends.cpu_extension import (
 )
 from rlhf_kernels.backends.cpu_extension import extension as _cpu
 from rlhf_kernels.backends.cpu_layers import (
+    cached_attention,
     rms_norm_backward,
     rms_norm_forward,
     rotary,
@@ -37,6 +38,7 @@ from rlhf_kernels.ppo_types import (
 
 __all__ = [
     "availability",
+    "cached_attention",
     "describe",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -65,6 +67,7 @@ PRIMITIVES = frozenset(
         "rotary",
         "row_attention_forward",
         "row_attention_backward",
+        "cached_attention",
     }
 )
 ADAMW_8BIT_BLOCK = 256  # numbers with a scale

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.backends.addresses import address, as_rows, unit_columns, vector
+from rlhf_kernels.backends.addresses import address, as_rows, series, unit_columns, vector
 from rlhf_kernels.backends.cpu_extension import ELEMENT_TYPES, empty, in_huge_pages
 from rlhf_kernels.backends.cpu_extension import extension as _cpu
 
@@ -161,6 +161,26 @@ def row_attention_backward(
         torch.get_num_threads(),
     )
     return grads[0], grads[1], grads[2]
+
+
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Output [B, heads, size] of one query a row against keys [B, kv_heads, keys, size]."""
+    out = empty(query.shape, query.dtype)
+    if out.numel() > 0:
+        rows, kv_heads, keys, size = key.shape
+        steps, key, value = unit_columns(query).unsqueeze(2), unit_columns(key), unit_columns(value)
+        mask = None if mask is None else unit_columns(mask)
+        _cpu.cached_attention(
+            (rows, kv_heads, query.shape[1] // kv_heads, keys, size),
+            *map(_heads, (steps, key, value)),
+            series(mask),
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return out
 
 
 def _heads_of_tokens(x: Tensor) -> tuple[int, int, int]:

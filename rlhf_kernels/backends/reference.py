@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends.reference_layers import (  # noqa: F401 (primitives of this backend)
+    cached_attention,
     rms_norm_backward,
     rms_norm_forward,
     rotary,
@@ -35,6 +36,7 @@ PRIMITIVES = frozenset(
         "ppo_loss_forward",
         "row_attention_forward",
         "row_attention_backward",
+        "cached_attention",
         "kl_penalty",
         "shaped_rewards",
         "masked_mean",

@@ -113,6 +113,23 @@ def row_attention_backward(
     return grad_query, grad_key, grad_value
 
 
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Output [B, heads, size] of one query a row against keys [B, kv_heads, keys, size]."""
+    groups = _wide(query).unflatten(1, (key.shape[1], -1)) * scale  # [B, kv_heads, group, size]
+    wide_key, wide_value = _wide(key), _wide(value)
+    if mask is not None:
+        seen = mask[:, None, :, None]
+        wide_key, wide_value = (torch.where(seen, x, 0.0) for x in (wide_key, wide_value))
+    scores = groups @ wide_key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    none_seen = (scores == -torch.inf).all(-1, keepdim=True)
+    probabilities = torch.where(none_seen, 0.0, scores.softmax(-1))
+    return _stored((probabilities @ wide_value).flatten(1, 2), query)
+
+
 def _rows(row_starts: Tensor) -> list[slice]:
     starts = row_starts.tolist()
     return [slice(begin, end) for begin, end in itertools.pairwise(starts) if begin < end]

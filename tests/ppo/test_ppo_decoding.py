@@ -10,6 +10,7 @@ from tiny_models import tiny_llama
 
 from rlhf.models import decoding
 from rlhf.models.decoding import attending_in_float32
+from rlhf.models.packed import attends_by_kernel
 
 IDS = torch.arange(1, 13).view(2, 6)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -33,17 +34,26 @@ def logits_of_each_step(model: Any, dtype: torch.dtype) -> torch.Tensor:
 def test_logits_are_no_farther_from_float64_than_pytorch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama().bfloat16().eval()
     plain = logits_of_each_step(model, torch.bfloat16).double()
-    types = []
-    theirs = decoding.sdpa_attention_forward
+    types, steps = [], []
+    theirs, ours = decoding.sdpa_attention_forward, decoding.cached_attention
 
     def seen(module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
         types.append(query.dtype)
         return theirs(module, query, *rest, **options)
 
+    def step(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        steps.append(query.dtype)
+        return ours(query, *rest)
+
     monkeypatch.setattr(decoding, "sdpa_attention_forward", seen)
+    monkeypatch.setattr(decoding, "cached_attention", step)
     with attending_in_float32(model):
         found = logits_of_each_step(model, torch.bfloat16).double()
-    assert set(types) == {torch.float32} and len(types) == 4 * model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers
+    if attends_by_kernel(torch.empty(0, dtype=torch.bfloat16)):
+        assert types == [torch.float32] * layers and steps == [torch.bfloat16] * 3 * layers
+    else:
+        assert types == [torch.float32] * 4 * layers and not steps
     assert model.config._attn_implementation == "sdpa"
     exact = logits_of_each_step(model.double(), torch.float64)
     allowed = (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
