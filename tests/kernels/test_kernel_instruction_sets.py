@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 from kernel_cases import ROW_PRIMITIVES, backends_for
+from test_cached_attention import test_agrees_with_float64 as test_cached_attention
+from test_cached_attention import test_hidden_keys_do_not_matter as test_cached_attention_hidden
 from test_kernel_gae import test_agrees_with_float64 as test_gae
 from test_kernel_gae import test_padding_and_holes_do_not_matter as test_gae_padding
 from test_kernel_gae import test_sizes as test_gae_sizes
@@ -50,6 +52,8 @@ from rlhf_kernels.backends import cpu_extension
 __all__ = [
     "test_a_row_of_minus_infinity_is_nan_alone",
     "test_agrees_with_float64",
+    "test_cached_attention",
+    "test_cached_attention_hidden",
     "test_extreme_logits",
     "test_gae",
     "test_gae_padding",
