@@ -63,13 +63,19 @@ def _replaceable(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Te
     if unavailable_reason("cpu") is not None:
         return
     for module in model.modules():
-        for looks_alike, forward in KINDS:
-            if (
-                looks_alike(module)
-                and runs_as_its_class(module, forward)
-                and _same(module, forward)
-            ):
-                yield module, forward
+        forward = replacement(module)
+        if forward is not None:
+            yield module, forward
+
+
+def replacement(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that computes what a gated feed-forward layer or an RMS norm does; of other
+    layers, and where someone else's runs in its place, None.
+    """
+    for looks_alike, forward in KINDS:
+        if looks_alike(module) and runs_as_its_class(module, forward) and _same(module, forward):
+            return forward
+    return None
 
 
 def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def _is_plain(layer: Any) -> bool:
     return bias is None and not any(getattr(layer, name) for name in hooks)
 
 
-def _is_rms_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return (
         isinstance(getattr(module, "variance_epsilon", None), float)
@@ -162,4 +168,4 @@ def _close(expected: Any, found: Tensor) -> bool:
     return bool(((found - expected).abs() <= bound).all())
 
 
-KINDS = ((is_gated_mlp, _gated_mlp_forward), (_is_rms_norm, _rms_norm_forward))
+KINDS = ((is_gated_mlp, _gated_mlp_forward), (is_rms_norm, _rms_norm_forward))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -29,7 +29,9 @@ def _forward(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
+def packed_for_sampling(
+    model: nn.Module, rows: int, leaving_out: Collection[nn.Module] = ()
+) -> Iterator[bool]:
     """The model's linear layers with weights laid out for products of a few rows, as sampling has.
 
     A step of sampling reads every weight for a few rows: oneDNN rearranges them first, each time,
@@ -40,22 +42,35 @@ def packed_for_sampling(model: nn.Module, rows: int) -> Iterator[None]:
         model: Its layers of float32 or, where the processor has products of it, bfloat16 on a CPU
             are meant; others stay as they are.
         rows: How many there will be, about.
+        leaving_out: Layers that stay as they are.
+
+    Yields:
+        Whether packed weights are of use with this model here.
     """
     # A compiler would have to know what packed weights look like.
     compiled = any(module._compiled_call_impl for module in model.modules())
     if compiled or not onednn_is_faster():
-        yield
+        yield False
         return
     layers = [
-        layer
-        for layer in linear_layers(model)
-        if layer.weight.dtype in _packed_dtypes() and type(layer.weight.data) is Tensor
+        layer for layer in linear_layers(model) if packable(layer) and layer not in leaving_out
     ]
     with keeping_forwards(layers):
         for layer in layers:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = _with_packed(layer, packed)  # type: ignore[method-assign]
-        yield
+            layer.forward = _with_packed(layer, rows)  # type: ignore[method-assign]
+        yield True
+
+
+def packable(layer: nn.Linear) -> bool:
+    """Whether oneDNN has products of its packed weight."""
+    return layer.weight.dtype in _packed_dtypes() and type(layer.weight.data) is Tensor
+
+
+def packed_product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """x @ weight.T + bias by a packed copy, for x [..., K] of the weight's type."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, bias, "none", [], "")
 
 
 @contextmanager
@@ -77,15 +92,17 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
 
 
-def _with_packed(layer: nn.Linear, packed: Tensor) -> Any:
-    dtype = layer.weight.dtype
+def _with_packed(layer: nn.Linear, rows: int) -> Any:
+    dtype, product = layer.weight.dtype, packed_product(layer.weight.detach(), layer.bias, rows)
 
     def forward(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # oneDNN's operation has none
+            return nn.functional.linear(x, layer.weight, layer.bias)
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype:
             x = x.to(dtype)
         elif torch.is_autocast_enabled("cpu") or x.dtype != dtype:
             return nn.functional.linear(x, layer.weight, layer.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
+        return product(x)
 
     return forward
 

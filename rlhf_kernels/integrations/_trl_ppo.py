@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from rlhf_kernels.fast_attention import fast_attention
 from rlhf_kernels.fast_layers import fast_layers
 from rlhf_kernels.fast_rotary import fast_rotary
+from rlhf_kernels.fast_sampling import fast_sampling
 from rlhf_kernels.integrations._deferred_logits import NEVER, deferred_head
-from rlhf_kernels.linear_layers import packed_for_sampling
 from rlhf_kernels.logprobs import token_logprobs
 
 
@@ -83,7 +83,7 @@ def batch_generation(
     found = []
     for query in queries.split(local_rollout_forward_batch_size):
         valid = query != pad_token_id
-        with packed_for_sampling(model, len(query)), fast_rotary(model):
+        with fast_sampling(model, len(query)), fast_rotary(model):
             output = model.generate(  # type: ignore[operator]
                 input_ids=query.masked_fill(~valid, 0),
                 attention_mask=valid,

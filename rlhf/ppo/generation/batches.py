@@ -17,7 +17,7 @@ from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers
 from rlhf.ppo.generation.settings import GenerationSettings
 from rlhf_kernels.fast_rotary import fast_rotary
-from rlhf_kernels.linear_layers import packed_for_sampling
+from rlhf_kernels.fast_sampling import fast_sampling
 
 
 def sample_in_batches(
@@ -42,7 +42,7 @@ def sample_in_batches(
     config = generation_config(settings, ending, pad_id)
     with (
         generating(policy, config),
-        packed_for_sampling(policy, settings.batch_size),
+        fast_sampling(policy, settings.batch_size),
         attending_in_float32(policy),
         fast_rotary(policy),
         autocast(resolve_dtype(settings.dtype, device), device),

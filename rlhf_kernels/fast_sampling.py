@@ -1,0 +1,227 @@
+"""Llama-like models while they sample on a CPU: each decoder layer as one function.
+
+A step of sampling has one token a row. Calling a layer's modules one by one, and multiplying by q,
+k and v, gate and up apart, takes longer than its products then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kernels.backends import unavailable_reason
+from rlhf_kernels.fast_layers import is_gated_mlp, is_rms_norm, replacement
+from rlhf_kernels.linear_layers import (
+    keeping_forwards,
+    linear_layers,
+    packable,
+    packed_for_sampling,
+    packed_product,
+)
+from rlhf_kernels.ops.rms_norm import rms_norm
+from rlhf_kernels.ops.rotary import rotary
+from rlhf_kernels.ops.swiglu import swiglu
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+_agrees: dict[tuple[Any, ...], bool] = {}
+
+
+@contextmanager
+def fast_sampling(model: nn.Module, rows: int) -> Iterator[None]:
+    """`packed_for_sampling`, with the decoder layers of Llama-like models as one function each.
+
+    Layers that compute something else, seen on a few numbers, are as before, and so is every call
+    that is none of sampling: with gradients, without transformers' own cache, in another type than
+    the weights'. The weights must not change inside.
+
+    Args:
+        model: A causal model of transformers. rows: How many there will be, about.
+    """
+    layers = (
+        [] if unavailable_reason("cpu") is not None else list(filter(_is_layer, model.modules()))
+    )
+    inside = {linear for layer in layers for linear in linear_layers(layer)}
+    with keeping_forwards(layers), packed_for_sampling(model, rows, leaving_out=inside) as packs:
+        for layer in layers if packs else ():
+            layer.forward = FusedLayer(layer, rows)  # type: ignore[assignment]
+        yield
+
+
+class FusedLayer:
+    """`forward` of LlamaDecoderLayer and its like, for sampling.
+
+    Args:
+        layer: Whose weights it has copies of, but for the norms'.
+        rows: How many there will be, about; None: the weights are not packed, but used as they are.
+    """
+
+    def __init__(self, layer: Any, rows: int | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.attention, self.size = layer, attention, attention.head_dim
+        self.queries = attention.q_proj.weight.shape[0] // self.size
+        self.turned = self.queries + attention.k_proj.weight.shape[0] // self.size
+        self.of_heads = _product([attention.q_proj, attention.k_proj, attention.v_proj], rows)
+        self.of_out = _product([attention.o_proj], rows)
+        self.of_inner = _product([mlp.gate_proj, mlp.up_proj], rows)
+        self.of_down = _product([mlp.down_proj], rows)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **options: Any,
+    ) -> Any:
+        """As transformers calls a layer: hidden states [B, T, H] to the same."""
+        attend = _attention_function(self.attention)
+        if attend is None or not self._fits(hidden_states, past_key_values, position_embeddings):
+            return type(self.layer).forward(
+                self.layer,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **options,
+            )
+        heads = self.of_heads(self._normed(hidden_states, self.layer.input_layernorm))
+        heads = heads.unflatten(-1, (-1, self.size)).transpose(1, 2)
+        turned = rotary(heads[:, : self.turned], *position_embeddings)
+        key, value = past_key_values.update(
+            turned[:, self.queries :], heads[:, self.turned :], self.attention.layer_idx
+        )
+        found, _ = attend(
+            self.attention,
+            turned[:, : self.queries],
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.attention.scaling,
+            position_ids=position_ids,
+            **options,
+        )
+        hidden_states = self.of_out(found.flatten(2)).add_(hidden_states)
+        inner = self.of_inner(self._normed(hidden_states, self.layer.post_attention_layernorm))
+        return self.of_down(swiglu(*inner.chunk(2, dim=-1))).add_(hidden_states)
+
+    def _normed(self, x: Tensor, norm: Any) -> Tensor:
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    def _fits(self, x: Tensor, cache: Any, position_embeddings: Any) -> bool:
+        from transformers import DynamicCache
+
+        if torch.is_grad_enabled() or self.layer.training or type(cache) is not DynamicCache:
+            return False
+        dtype = self.layer.input_layernorm.weight.dtype
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != dtype:
+            return False
+        tables = isinstance(position_embeddings, tuple) and len(position_embeddings) == 2
+        return x.dtype == dtype and tables and position_embeddings[0].shape[-1] == self.size
+
+
+def _product(layers: Sequence[nn.Linear], rows: int | None) -> Callable[[Tensor], Tensor]:
+    """x @ weight.T + bias by all layers at once, their results side by side."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    biases = [layer.bias for layer in layers]
+    bias = None
+    if any(each is not None for each in biases):
+        bias = torch.cat(
+            [
+                weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                for layer in layers
+            ]
+        )
+    if rows is None:
+        return lambda x: nn.functional.linear(x, weight, bias)
+    return packed_product(weight, bias, rows)
+
+
+def _attention_function(attention: Any) -> Any:
+    """What transformers would call; None where it is the layer's own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+
+
+def _is_layer(layer: Any) -> bool:
+    """Whether it is built as Llama's are, runs as its class does, and computes the same."""
+    children = dict(layer.named_children())
+    if set(children) != PARTS or any(map(_is_watched, layer.modules())):
+        return False
+    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    projections = dict(attention.named_children())
+    linear = linear_layers(layer)
+    return (
+        set(projections) == PROJECTIONS
+        and "forward" not in vars(layer) | vars(attention)
+        and all(map(is_rms_norm, norms))
+        and is_gated_mlp(layer.mlp)
+        and None not in map(replacement, (*norms, layer.mlp))
+        and all(each in linear and packable(each) for each in projections.values())
+        and len({parameter.dtype for parameter in layer.parameters()}) == 1
+        and _same(layer)
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody has asked to be told when it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _same(layer: Any) -> bool:
+    """Whether layers of its class and settings compute `FusedLayer`, on a small one drawn for the
+    question.
+    """
+    settings = tuple(
+        (name, value)
+        for module in (layer, layer.self_attn, layer.self_attn.config)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str)) and name not in ("training", "layer_idx")
+    )
+    kind = (type(layer), type(layer.self_attn), type(layer.mlp.act_fn), settings)
+    if kind not in _agrees:
+        try:
+            _agrees[kind] = _agrees_on_a_sample(layer)
+        except Exception:  # it is built or called in another way
+            _agrees[kind] = False
+    return _agrees[kind]
+
+
+@torch.no_grad()
+def _agrees_on_a_sample(layer: Any) -> bool:
+    from transformers import DynamicCache
+
+    config = copy.deepcopy(layer.self_attn.config)
+    config.hidden_size, config.intermediate_size, config.head_dim = 32, 24, 8
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    config._attn_implementation = "sdpa"
+    twin = type(layer)(config, 0).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    fused, caches = FusedLayer(twin, None), (DynamicCache(), DynamicCache())
+    for steps in (3, 1):  # a prompt, and a step
+        x = torch.randn(2, steps, 32, generator=generator)
+        tables = tuple(torch.randn(2, steps, 8, generator=generator) for _ in range(2))
+        theirs, ours = (
+            call(x, attention_mask=None, past_key_values=cache, position_embeddings=tables)
+            for call, cache in zip((type(twin).forward.__get__(twin), fused), caches)
+        )
+        # Up to sums of other orders, a few roundings apart; another formula is off by far more.
+        bound = 64 * torch.finfo(torch.float32).eps * (1 + float(theirs.abs().max()))
+        if ours.shape != theirs.shape or not bool(((ours - theirs).abs() <= bound).all()):
+            return False
+    return True
