@@ -207,7 +207,8 @@ def _agrees_on_a_sample(layer: Any) -> bool:
     config.hidden_size, config.intermediate_size, config.head_dim = 32, 24, 8
     config.num_attention_heads, config.num_key_value_heads = 4, 2
     config._attn_implementation = "sdpa"
-    twin = type(layer)(config, 0).float().eval()
+    with torch.random.fork_rng(devices=[]):  # whoever samples next shall not notice
+        twin = type(layer)(config, 0).float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0

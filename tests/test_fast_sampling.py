@@ -210,3 +210,12 @@ def test_generate_gives_the_same_tokens() -> None:
         assert torch.equal(model.generate(ids, **options), plain)
         cache = DynamicCache(config=model.config)
         assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
+
+
+def test_the_global_generator_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the first look at a kind of layer either."""
+    monkeypatch.setattr("rlhf_kernels.fast_sampling._agrees", {})
+    model, before = tiny_llama(), torch.random.get_rng_state()
+    with fast_sampling(model, rows=2):
+        assert all(fused(model))
+    assert torch.equal(torch.random.get_rng_state(), before)
