@@ -53,7 +53,12 @@ def running(attend: Attention, keys: int, dtype: torch.dtype) -> Run:
     cache = torch.randn(LAYERS, 2, ROWS, KV_HEADS, keys, SIZE, generator=generator).to(dtype)
     mask = torch.ones(ROWS, keys, dtype=torch.bool)
     mask[: ROWS // 2, : keys // 4] = False  # padding before shorter prompts
-    return lambda call: attend(query, *cache[call % LAYERS], mask)
+
+    def run(call: int) -> Tensor:
+        key, value = cache[call % LAYERS]
+        return attend(query, key, value, mask)
+
+    return run
 
 
 def main() -> None:
