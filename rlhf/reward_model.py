@@ -49,17 +49,34 @@ class RewardModel:
         template: As in ``ChatFormat``; must be the one that the model was trained with.
         dtype: Precision of the trunk's matrix products: auto, float32 or bfloat16, which keeps two
             to three digits of a score. The head's are float32 always.
+        weights: How they are held: float32 or, with products of bfloat16, in bfloat16 too, for half
+            of the memory and another digit of the score. A model that is given becomes that itself.
 
     Raises:
         ModelError: The model cannot be loaded or has no trained score, as a causal model.
+        ValueError: dtype or weights is none of these, or they do not go together.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, template: str = "auto", dtype: str = "float32"
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: str = "auto",
+        dtype: str = "float32",
+        weights: str = "float32",
     ) -> None:
-        check_choice(SimpleNamespace(dtype=dtype), "dtype", ("auto", "float32", "bfloat16"))
-        self.dtype = dtype
+        given = SimpleNamespace(dtype=dtype, weights=weights)
+        check_choice(given, "dtype", ("auto", "float32", "bfloat16"))
+        check_choice(given, "weights", ("float32", "bfloat16"))
+        if weights == "bfloat16" and dtype != "bfloat16":
+            raise ValueError(
+                f"weights='bfloat16' has products of bfloat16, and dtype is {dtype!r}; set "
+                "dtype='bfloat16', too"
+            )
+        self.dtype, self.weights = dtype, weights
         self.model = load_scalar_model(model)
+        if weights == "bfloat16":
+            self.model.bfloat16()
         score_head(self.model)
         use_fast_layers(self.model)
         self.tokenizer = load_tokenizer(tokenizer, model)
@@ -98,7 +115,8 @@ class RewardModel:
                 on every rank must score equally many responses at a time.
             parked_in: Keep them in a file in this folder, and in memory while scoring alone.
         """
-        self._frozen = Frozen(self.model, config, exact=True, parked_in=parked_in)
+        exact = self.weights == "float32"
+        self._frozen = Frozen(self.model, config, exact=exact, parked_in=parked_in)
 
     @property
     def is_sharded(self) -> bool:

@@ -37,6 +37,7 @@ from rlhf.models import (
     load_scalar_model,
     load_tokenizer,
     make_scalar_model,
+    packed,
     position_ids_from_mask,
     scalar_model_from_causal,
     score_head,
@@ -400,6 +401,28 @@ def test_packed_rows_of_float64_keep_its_digits() -> None:
     )
     torch.testing.assert_close(output[:, :2], exact.transpose(1, 2), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, padded.last_hidden_state[mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not attends_by_kernel(torch.ones(1)), reason="the C++ kernels are not built")
+def test_autocast_s_mixed_types_go_to_the_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 queries and keys, since they are rotated in it, and values of 16 bits."""
+    model, ids, mask = tiny_llama().eval(), *padded_rows("left")
+    types = []
+    kernel = packed.row_attention
+
+    def seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+        types.append({query.dtype, key.dtype, value.dtype})
+        return kernel(query, key, value, *rest)
+
+    monkeypatch.setattr(packed, "row_attention", seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = hidden_states(model, ids, mask)[mask]
+        found.sum().backward()
+    assert types == [{torch.float32}] * 2
+    exact = hidden_states(model, ids, mask)[mask]
+    # Products of bfloat16 in two layers, at sizes of 1.
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.1)
+    assert all(layer.self_attn.v_proj.weight.grad.any() for layer in model.model.layers)
 
 
 def test_rows_for_flash_attention_are_told_apart_by_their_positions() -> None:

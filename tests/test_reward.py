@@ -13,7 +13,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.data import DataError, PreferenceDataset, PreferencePair, load_rows
-from rlhf.engine import NonFiniteError, OutputError, save_model
+from rlhf.engine import NonFiniteError, OutputError, TrainingConfig, save_model
 from rlhf.models import ModelError, scalar_model_from_causal, score_head
 from rlhf.reward import RewardConfig, RewardModel, RewardTrainer
 from rlhf.sft import SFTConfig
@@ -156,6 +156,21 @@ def test_scores_in_bfloat16_are_near_those_in_float32() -> None:
     assert found == pytest.approx(expected, abs=0.05)
     with pytest.raises(ValueError, match="dtype='half'"):
         RewardModel(exact.model, exact.tokenizer, dtype="half")
+
+
+def test_weights_in_bfloat16() -> None:
+    exact, other = model(), model()
+    rough = RewardModel(other.model, other.tokenizer, dtype="bfloat16", weights="bfloat16")
+    assert {each.dtype for each in rough.model.parameters()} == {torch.bfloat16}
+    expected, found = exact.score(PROMPTS, RESPONSES), rough.score(PROMPTS, RESPONSES)
+    assert found == pytest.approx(expected, abs=0.1)  # the sums between layers are rounded, too
+    rough.freeze(TrainingConfig(output_dir="unused"))
+    assert {each.dtype for each in rough.model.parameters()} == {torch.bfloat16}
+    assert rough.score(PROMPTS, RESPONSES) == found
+    with pytest.raises(ValueError, match="set dtype='bfloat16'"):
+        RewardModel(exact.model, exact.tokenizer, weights="bfloat16")
+    with pytest.raises(ValueError, match="weights='half'"):
+        RewardModel(exact.model, exact.tokenizer, dtype="bfloat16", weights="half")
 
 
 def test_scores_do_not_depend_on_batch_or_order() -> None:

@@ -52,7 +52,13 @@ def settings(work: Work, folder: str) -> PPOConfig:
 def run(work: Work) -> Report:
     tokenizer = load_tokenizer(work.policy_folder, work.policy_folder)
     # In the precision that TRL's reward model has.
-    reward = RewardModel(work.reward_folder, tokenizer, template="none", dtype=work.dtype)
+    reward = RewardModel(
+        work.reward_folder,
+        tokenizer,
+        template="none",
+        dtype=work.dtype,
+        weights=work.weights,
+    )
     metrics: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(

@@ -128,11 +128,12 @@ def attend_by_rows(
     Returns:
         [1, tokens, heads, size], and no attention weights.
     """
-    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] <= LARGEST_SIZE
-    if dropout == 0.0 and alike and attends_by_kernel(query):
+    # Autocast gives values of 16 bits to queries and keys that were rotated in float32.
+    widest = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
+    q, k, v = (x[0].transpose(0, 1).to(widest) for x in (query, key, value))
+    if dropout == 0.0 and query.shape[-1] <= LARGEST_SIZE and attends_by_kernel(q):
         starts = torch.tensor([0, *itertools.accumulate(row_lengths)])
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return row_attention(q, k, v, starts, scaling)[None], None
+        return row_attention(q, k, v, starts, scaling)[None].to(query.dtype), None
     return by_pytorch(query, key, value, row_lengths, dropout, scaling), None
 
 
