@@ -139,7 +139,8 @@ def _same(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
         for name, value in sorted(vars(module).items())
         if name != "training" and isinstance(value, (bool, int, float, str))
     )
-    kind = (type(module), type(getattr(module, "act_fn", None)), settings)
+    functions = tuple((type(each), type(each).forward) for each in module.modules())
+    kind = (functions, settings)
     if kind not in _agrees:
         _agrees[kind] = _agrees_on_a_sample(module, forward)
     return _agrees[kind]
@@ -150,13 +151,17 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).float()
     twin.__dict__.pop("forward", None)
+
+    def draw(*shape: int) -> Tensor:  # whatever anyone's defaults are
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     for parameter in twin.parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    x = torch.randn(3, next(twin.parameters()).shape[-1], generator=generator)
-    found = MethodType(forward, twin)(x)
+        parameter.copy_(draw(*parameter.shape) * scale)
+    x = draw(3, next(twin.parameters()).shape[-1])
     # While training too: some have dropout of their own, which draws random numbers.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        found = MethodType(forward, twin)(x)
         return all(_close(type(twin).forward(twin.train(mode), x), found) for mode in (True, False))
 
 

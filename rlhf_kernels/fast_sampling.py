@@ -7,12 +7,14 @@ k and v, gate and up apart, takes longer than its products then.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rlhf_kernels.backends import unavailable_reason
 from rlhf_kernels.fast_layers import is_gated_mlp, is_rms_norm, replacement
@@ -29,6 +31,11 @@ from rlhf_kernels.ops.swiglu import swiglu
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# Attention functions, by transformers' names, that do what the mask says, and give no weights.
+ATTENTIONS = {"sdpa"}
+# transformers leaves its hooks on layers and attentions once hidden states were asked for. Those of
+# layers run, and attentions give nothing to record here.
+CAPTURING = "transformers.utils.output_capturing"
 
 _agrees: dict[tuple[Any, ...], bool] = {}
 
@@ -39,7 +46,8 @@ def fast_sampling(model: nn.Module, rows: int) -> Iterator[None]:
 
     Layers that compute something else, seen on a few numbers, are as before, and so is every call
     that is none of sampling: with gradients, without transformers' own cache, in another type than
-    the weights'. The weights must not change inside.
+    the weights'. Inside, the weights must not change, the model cannot be copied, and hooks that
+    are put on parts of a layer do not run.
 
     Args:
         model: A causal model of transformers. rows: How many there will be, about.
@@ -83,7 +91,7 @@ class FusedLayer:
         **options: Any,
     ) -> Any:
         """As transformers calls a layer: hidden states [B, T, H] to the same."""
-        attend = _attention_function(self.attention)
+        attend = self._attention_function()
         if attend is None or not self._fits(hidden_states, past_key_values, position_embeddings):
             return type(self.layer).forward(
                 self.layer,
@@ -116,13 +124,21 @@ class FusedLayer:
         inner = self.of_inner(self._normed(hidden_states, self.layer.post_attention_layernorm))
         return self.of_down(swiglu(*inner.chunk(2, dim=-1))).add_(hidden_states)
 
+    def _attention_function(self) -> Any:
+        """What transformers calls; None for those that may want or give more than is passed on."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        name = self.attention.config._attn_implementation
+        return ALL_ATTENTION_FUNCTIONS.get(name) if name in ATTENTIONS else None
+
     def _normed(self, x: Tensor, norm: Any) -> Tensor:
         return rms_norm(x, norm.weight, norm.variance_epsilon)
 
     def _fits(self, x: Tensor, cache: Any, position_embeddings: Any) -> bool:
         from transformers import DynamicCache
 
-        if torch.is_grad_enabled() or self.layer.training or type(cache) is not DynamicCache:
+        training = self.layer.training or self.attention.training
+        if torch.is_grad_enabled() or training or type(cache) is not DynamicCache:
             return False
         dtype = self.layer.input_layernorm.weight.dtype
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != dtype:
@@ -148,26 +164,20 @@ def _product(layers: Sequence[nn.Linear], rows: int | None) -> Callable[[Tensor]
     return packed_product(weight, bias, rows)
 
 
-def _attention_function(attention: Any) -> Any:
-    """What transformers would call; None where it is the layer's own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
-
-
 def _is_layer(layer: Any) -> bool:
     """Whether it is built as Llama's are, runs as its class does, and computes the same."""
     children = dict(layer.named_children())
-    if set(children) != PARTS or any(map(_is_watched, layer.modules())):
+    if set(children) != PARTS or _has_any_global_hook() or any(map(_is_watched, layer.modules())):
         return False
     attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
     projections = dict(attention.named_children())
     linear = linear_layers(layer)
     return (
         set(projections) == PROJECTIONS
-        and "forward" not in vars(layer) | vars(attention)
         and all(map(is_rms_norm, norms))
         and is_gated_mlp(layer.mlp)
+        and "forward" not in vars(layer) | vars(attention) | vars(layer.mlp.act_fn)
+        and all(type(part).__call__ is nn.Module.__call__ for part in _parts(layer))
         and None not in map(replacement, (*norms, layer.mlp))
         and all(each in linear and packable(each) for each in projections.values())
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
@@ -175,28 +185,44 @@ def _is_layer(layer: Any) -> bool:
     )
 
 
+def _parts(layer: Any) -> list[nn.Module]:
+    """All modules of a layer but itself."""
+    return [module for module in layer.modules() if module is not layer]
+
+
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody has asked to be told when it is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    after = (getattr(hook, "__module__", None) for hook in module._forward_hooks.values())
+    return bool(module._forward_pre_hooks) or any(name != CAPTURING for name in after)
 
 
 def _same(layer: Any) -> bool:
     """Whether layers of its class and settings compute `FusedLayer`, on a small one drawn for the
     question.
     """
+    try:
+        kind = _kind(layer)
+        if kind not in _agrees:
+            _agrees[kind] = _agrees_on_a_sample(layer)
+        return _agrees[kind]
+    except Exception:  # it is built or called in another way
+        return False
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What decides over the numbers that a layer computes: functions, which may be replaced at any
+    time, and settings.
+    """
+    attention = layer.self_attn
+    functions = [(type(module), type(module).forward) for module in layer.modules()]
+    rotation = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     settings = tuple(
         (name, value)
-        for module in (layer, layer.self_attn, layer.self_attn.config)
+        for module in (layer, attention, attention.config)
         for name, value in sorted(vars(module).items())
         if isinstance(value, (bool, int, float, str)) and name not in ("training", "layer_idx")
     )
-    kind = (type(layer), type(layer.self_attn), type(layer.mlp.act_fn), settings)
-    if kind not in _agrees:
-        try:
-            _agrees[kind] = _agrees_on_a_sample(layer)
-        except Exception:  # it is built or called in another way
-            _agrees[kind] = False
-    return _agrees[kind]
+    return (*functions, rotation, settings)
 
 
 @torch.no_grad()
@@ -207,22 +233,29 @@ def _agrees_on_a_sample(layer: Any) -> bool:
     config.hidden_size, config.intermediate_size, config.head_dim = 32, 24, 8
     config.num_attention_heads, config.num_key_value_heads = 4, 2
     config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(devices=[]):  # whoever samples next shall not notice
-        twin = type(layer)(config, 0).float().eval()
+    # Whoever samples next shall not notice, and no one's defaults matter.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        twin = type(layer)(config, layer.self_attn.layer_idx).float().eval()
     generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     for parameter in twin.parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        parameter.copy_(draw(*parameter.shape) * scale)
     fused, caches = FusedLayer(twin, None), (DynamicCache(), DynamicCache())
-    for steps in (3, 1):  # a prompt, and a step
-        x = torch.randn(2, steps, 32, generator=generator)
-        tables = tuple(torch.randn(2, steps, 8, generator=generator) for _ in range(2))
-        theirs, ours = (
-            call(x, attention_mask=None, past_key_values=cache, position_embeddings=tables)
-            for call, cache in zip((type(twin).forward.__get__(twin), fused), caches)
-        )
-        # Up to sums of other orders, a few roundings apart; another formula is off by far more.
-        bound = 64 * torch.finfo(torch.float32).eps * (1 + float(theirs.abs().max()))
-        if ours.shape != theirs.shape or not bool(((ours - theirs).abs() <= bound).all()):
-            return False
+    with torch.autocast("cpu", enabled=False):
+        for steps in (3, 1):  # a prompt, and a step
+            x, tables = draw(2, steps, 32), (draw(2, steps, 8), draw(2, steps, 8))
+            if not fused._fits(x, caches[1], tables):
+                return False
+            theirs, ours = (
+                call(x, attention_mask=None, past_key_values=cache, position_embeddings=tables)
+                for call, cache in zip((type(twin).forward.__get__(twin), fused), caches)
+            )
+            # Up to sums of other orders, a few roundings apart; another formula is off by far more.
+            bound = 64 * torch.finfo(torch.float32).eps * (1 + float(theirs.abs().max()))
+            if ours.shape != theirs.shape or not bool(((ours - theirs).abs() <= bound).all()):
+                return False
     return True

@@ -24,8 +24,11 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     StaticCache,
 )
+from transformers.models.llama import modeling_llama
 
 from rlhf_kernels import backends
 from rlhf_kernels.fast_layers import use_fast_layers
@@ -219,3 +222,118 @@ def test_the_global_generator_is_not_touched(monkeypatch: pytest.MonkeyPatch) ->
     with fast_sampling(model, rows=2):
         assert all(fused(model))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_layers_of_one_model_that_differ_are_told_apart() -> None:
+    """Every second one does not rotate."""
+    config = SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0)
+    model = drawn(SmolLM3ForCausalLM(config))
+    plain = logits_of_each_step(model)
+    for _ in range(2):
+        with fast_sampling(model, rows=2):
+            assert fused(model) == [True, False]
+            torch.testing.assert_close(logits_of_each_step(model), plain, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["granite", "llama"])
+def test_what_surrounds_the_first_look_does_not_matter(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast, other default types and devices."""
+    model = drawn({**OTHERS, **FUSED}[name]())
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for within in (torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+                for module in ("fast_sampling", "fast_layers"):
+                    monkeypatch.setattr(f"rlhf_kernels.{module}._agrees", {})
+                torch.set_default_dtype(dtype)
+                with within, fast_sampling(model, rows=2):
+                    assert all(fused(model)) == any(fused(model)) == (name == "llama")
+    finally:
+        torch.set_default_dtype(default)
+
+
+@torch.no_grad()
+def test_hidden_states_may_have_been_asked_for_before() -> None:
+    """transformers leaves its hooks on every layer then."""
+    model = drawn(tiny_llama())
+    ids = torch.arange(1, 13).view(2, 6)
+    plain = model(ids, output_hidden_states=True).hidden_states
+    with fast_sampling(model, rows=2):
+        assert all(fused(model))
+        found = model(ids, output_hidden_states=True, use_cache=True).hidden_states
+    torch.testing.assert_close(found, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (modeling_llama.LlamaAttention, "forward"),
+        (modeling_llama.LlamaMLP, "forward"),
+        (modeling_llama.LlamaRMSNorm, "forward"),
+        (modeling_llama.LlamaDecoderLayer, "forward"),
+        (modeling_llama.LlamaMLP, "__call__"),
+        (modeling_llama, "apply_rotary_pos_emb"),
+    ],
+)
+def test_what_someone_else_has_replaced_runs(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a layer was fused before."""
+    model = drawn(tiny_llama())
+    with fast_sampling(model, rows=2):
+        assert all(fused(model))
+    theirs = getattr(owner, name)
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        found = theirs(*args, **kwargs)
+        return (
+            tuple(each if each is None else each / 2 for each in found)
+            if isinstance(found, tuple)
+            else found / 2
+        )
+
+    monkeypatch.setattr(owner, name, halved, raising=False)
+    plain = logits_of_each_step(model)
+    with fast_sampling(model, rows=2):
+        assert not any(fused(model))
+        torch.testing.assert_close(logits_of_each_step(model), plain)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules_run() -> None:
+    model, seen = drawn(tiny_llama()), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module))
+    )
+    try:
+        with fast_sampling(model, rows=2):
+            assert not any(fused(model))
+            logits_of_each_step(model)
+    finally:
+        handle.remove()
+    assert modeling_llama.LlamaMLP in seen
+
+
+@torch.no_grad()
+def test_an_attention_in_training_drops_what_it_should() -> None:
+    model = drawn(tiny_llama(attention_dropout=0.5))
+    for layer in model.model.layers:
+        layer.self_attn.train()
+    torch.manual_seed(1)
+    plain = logits_of_each_step(model)
+    torch.manual_seed(1)
+    with fast_sampling(model, rows=2):
+        assert all(fused(model))
+        torch.testing.assert_close(logits_of_each_step(model), plain)
+
+
+def test_an_attention_without_a_config_is_left_alone() -> None:
+    model = tiny_llama()
+    del model.model.layers[0].self_attn.config
+    with fast_sampling(model, rows=2):
+        assert fused(model) == [False, True]

@@ -19,9 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rlhf.models.packed import HALVES, attends_by_kernel
 from rlhf_kernels.fast_attention import WITHOUT_EFFECT
+from rlhf_kernels.fast_sampling import ATTENTIONS
 from rlhf_kernels.ops.cached_attention import cached_attention
 
 IN_FLOAT32 = "rlhf_in_float32"
+ATTENTIONS.add(IN_FLOAT32)
 
 
 @contextmanager

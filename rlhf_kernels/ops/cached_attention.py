@@ -58,6 +58,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         raise TypeError(f"key and value are {key.dtype} and {value.dtype}; expected {query.dtype}")
     if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
         raise ValueError(f"query has {heads} heads; expected a multiple of key's {kv_heads}")
+    if size == 0:
+        raise ValueError("heads are of size 0; expected at least 1")
     if mask is None:
         return
     checks.shape("mask", mask, (rows, keys), "one a key")

@@ -44,6 +44,7 @@ WRONG = {
     "query has dtype torch.int64": (Q.long(), K, K),
     "mask has shape (2, 4); expected (2, 5)": (Q, K, K, M[:, :4]),
     "mask has dtype torch.int64; expected torch.bool": (Q, K, K, M.long()),
+    "heads are of size 0": (Q[..., :0], K[..., :0], K[..., :0]),
     "scale is inf": (Q, K, K, None, math.inf),
 }
 
