@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_llama
+from tiny_models import SIZES, tiny_llama
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -39,15 +39,6 @@ pytestmark = pytest.mark.skipif(
     or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
     reason="the C++ kernels are not built, or this PyTorch has no oneDNN",
 )
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 FUSED = {
     "llama": tiny_llama,
     "llama with biases": lambda: tiny_llama(attention_bias=True),
@@ -227,7 +218,7 @@ def test_the_global_generator_is_not_touched(monkeypatch: pytest.MonkeyPatch) ->
 @torch.no_grad()
 def test_layers_of_one_model_that_differ_are_told_apart() -> None:
     """Every second one does not rotate."""
-    config = SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0)
+    config = SmolLM3Config(**SIZES, no_rope_layers=[1, 0])
     model = drawn(SmolLM3ForCausalLM(config))
     plain = logits_of_each_step(model)
     for _ in range(2):

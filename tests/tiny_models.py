@@ -12,6 +12,19 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<start> assistant {% endif %}"
 )
+# Of configs of transformers.
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+}
 WORDS = ["system", "user", "assistant", *[f"w{i}" for i in range(100)]]
 
 
