@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ def attend(
     alike = query.dtype == key.dtype == value.dtype and query.device.type == "cpu"
     plain = alike and query.dtype in DTYPES and size <= LARGEST_SIZE and dropout == 0.0
     square = key.shape == value.shape and key.shape[-1] == size and steps == key.shape[2] > 1
-    known = all(name in WITHOUT_EFFECT for name, given in options.items() if given is not None)
+    known = have_no_effect(options)
     if not (plain and square and known and causal) or attention_mask is not None:
         return theirs(
             *(module, query, key, value, attention_mask),
@@ -87,3 +87,8 @@ def attend(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     starts = torch.arange(0, rows * steps + 1, steps)
     return row_attention(q, k, v, starts, scaling).view(rows, steps, heads, size), None
+
+
+def have_no_effect(options: Mapping[str, Any]) -> bool:
+    """Whether no option is given that might change what an attention computes."""
+    return all(name in WITHOUT_EFFECT for name, given in options.items() if given is not None)

@@ -134,16 +134,36 @@ def _same(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     """Whether modules of its class and settings compute `forward`, on numbers drawn for the
     question.
     """
-    settings = tuple(
-        (name, value)
-        for name, value in sorted(vars(module).items())
-        if name != "training" and isinstance(value, (bool, int, float, str))
-    )
-    functions = tuple((type(each), type(each).forward) for each in module.modules())
-    kind = (functions, settings)
+    kind = (functions_of(module), settings_of(module))
     if kind not in _agrees:
         _agrees[kind] = _agrees_on_a_sample(module, forward)
     return _agrees[kind]
+
+
+def functions_of(module: nn.Module) -> tuple[Any, ...]:
+    """Classes of it and of its parts, and their forwards, which may be replaced at any time."""
+    return tuple((type(each), type(each).forward) for each in module.modules())
+
+
+def settings_of(thing: Any) -> tuple[Any, ...]:
+    """Numbers and texts of a module or config that may decide over what is computed."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(thing).items())
+        if name not in ("training", "layer_idx") and isinstance(value, (bool, int, float, str))
+    )
+
+
+def draw(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers, float32 on the CPU whatever anyone's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Give a module weights that keep the size of what goes through it."""
+    for parameter in module.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+        parameter.copy_(draw(generator, *parameter.shape) * scale)
 
 
 @torch.no_grad()
@@ -151,14 +171,8 @@ def _agrees_on_a_sample(module: nn.Module, forward: Callable[..., Tensor]) -> bo
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).float()
     twin.__dict__.pop("forward", None)
-
-    def draw(*shape: int) -> Tensor:  # whatever anyone's defaults are
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    for parameter in twin.parameters():
-        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.copy_(draw(*parameter.shape) * scale)
-    x = draw(3, next(twin.parameters()).shape[-1])
+    draw_weights(twin, generator)
+    x = draw(generator, 3, next(twin.parameters()).shape[-1])
     # While training too: some have dropout of their own, which draws random numbers.
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         found = MethodType(forward, twin)(x)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from rlhf_kernels.backends import unavailable_reason
-from rlhf_kernels.fast_layers import is_gated_mlp, is_rms_norm, replacement
+from rlhf_kernels.fast_attention import NAME
+from rlhf_kernels.fast_layers import (
+    draw,
+    draw_weights,
+    functions_of,
+    is_gated_mlp,
+    is_rms_norm,
+    replacement,
+    settings_of,
+)
 from rlhf_kernels.linear_layers import (
     keeping_forwards,
     linear_layers,
@@ -31,8 +40,6 @@ from rlhf_kernels.ops.swiglu import swiglu
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-# Attention functions, by transformers' names, that do what the mask says, and give no weights.
-ATTENTIONS = {"sdpa"}
 # transformers leaves its hooks on layers and attentions once hidden states were asked for. Those of
 # layers run, and attentions give nothing to record here.
 CAPTURING = "transformers.utils.output_capturing"
@@ -91,7 +98,7 @@ class FusedLayer:
         **options: Any,
     ) -> Any:
         """As transformers calls a layer: hidden states [B, T, H] to the same."""
-        attend = self._attention_function()
+        attend = _attention_function(self.attention)
         if attend is None or not self._fits(hidden_states, past_key_values, position_embeddings):
             return type(self.layer).forward(
                 self.layer,
@@ -123,13 +130,6 @@ class FusedLayer:
         hidden_states = self.of_out(found.flatten(2)).add_(hidden_states)
         inner = self.of_inner(self._normed(hidden_states, self.layer.post_attention_layernorm))
         return self.of_down(swiglu(*inner.chunk(2, dim=-1))).add_(hidden_states)
-
-    def _attention_function(self) -> Any:
-        """What transformers calls; None for those that may want or give more than is passed on."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        name = self.attention.config._attn_implementation
-        return ALL_ATTENTION_FUNCTIONS.get(name) if name in ATTENTIONS else None
 
     def _normed(self, x: Tensor, norm: Any) -> Tensor:
         return rms_norm(x, norm.weight, norm.variance_epsilon)
@@ -164,6 +164,13 @@ def _product(layers: Sequence[nn.Linear], rows: int | None) -> Callable[[Tensor]
     return packed_product(weight, bias, rows)
 
 
+def _attention_function(attention: Any) -> Any:
+    """PyTorch's, or what stands in for it meanwhile; None for the layer's own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+
+
 def _is_layer(layer: Any) -> bool:
     """Whether it is built as Llama's are, runs as its class does, and computes the same."""
     children = dict(layer.named_children())
@@ -174,6 +181,7 @@ def _is_layer(layer: Any) -> bool:
     linear = linear_layers(layer)
     return (
         set(projections) == PROJECTIONS
+        and _attends_by_pytorch(attention)
         and all(map(is_rms_norm, norms))
         and is_gated_mlp(layer.mlp)
         and "forward" not in vars(layer) | vars(attention) | vars(layer.mlp.act_fn)
@@ -183,6 +191,11 @@ def _is_layer(layer: Any) -> bool:
         and len({parameter.dtype for parameter in layer.parameters()}) == 1
         and _same(layer)
     )
+
+
+def _attends_by_pytorch(attention: Any) -> bool:
+    """Others may want more than the mask says, and give weights that somebody has asked for."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) == NAME
 
 
 def _parts(layer: Any) -> list[nn.Module]:
@@ -214,15 +227,9 @@ def _kind(layer: Any) -> tuple[Any, ...]:
     time, and settings.
     """
     attention = layer.self_attn
-    functions = [(type(module), type(module).forward) for module in layer.modules()]
     rotation = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    settings = tuple(
-        (name, value)
-        for module in (layer, attention, attention.config)
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str)) and name not in ("training", "layer_idx")
-    )
-    return (*functions, rotation, settings)
+    settings = map(settings_of, (layer, attention, attention.config))
+    return (functions_of(layer), rotation, *settings)
 
 
 @torch.no_grad()
@@ -237,21 +244,15 @@ def _agrees_on_a_sample(layer: Any) -> bool:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         twin = type(layer)(config, layer.self_attn.layer_idx).float().eval()
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    for parameter in twin.parameters():
-        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.copy_(draw(*parameter.shape) * scale)
+    draw_weights(twin, generator)
     fused, caches = FusedLayer(twin, None), (DynamicCache(), DynamicCache())
     with torch.autocast("cpu", enabled=False):
         for steps in (3, 1):  # a prompt, and a step
-            x, tables = draw(2, steps, 32), (draw(2, steps, 8), draw(2, steps, 8))
-            if not fused._fits(x, caches[1], tables):
+            x, cos, sin = (draw(generator, 2, steps, size) for size in (32, 8, 8))
+            if not fused._fits(x, caches[1], (cos, sin)):
                 return False
             theirs, ours = (
-                call(x, attention_mask=None, past_key_values=cache, position_embeddings=tables)
+                call(x, attention_mask=None, past_key_values=cache, position_embeddings=(cos, sin))
                 for call, cache in zip((type(twin).forward.__get__(twin), fused), caches)
             )
             # Up to sums of other orders, a few roundings apart; another formula is off by far more.

@@ -13,7 +13,7 @@ namespace {
         isa::moments, isa::whiten, isa::whitened_gae, isa::ppo_loss, isa::transpose,         \
         isa::square_sum, isa::adamw_8bit, isa::swiglu_forward, isa::swiglu_backward,         \
         isa::rms_norm_forward, isa::rms_norm_backward, isa::rotary,                          \
-        isa::row_attention_forward, isa::row_attention_backward, isa::cached_attention        \
+        isa::row_attention_forward, isa::row_attention_backward, isa::cached_attention       \
   }
 
 std::vector<Kernels> runnable_kernels() {

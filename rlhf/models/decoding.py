@@ -18,12 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from rlhf.models.packed import HALVES, attends_by_kernel
-from rlhf_kernels.fast_attention import WITHOUT_EFFECT
-from rlhf_kernels.fast_sampling import ATTENTIONS
+from rlhf_kernels.fast_attention import have_no_effect
 from rlhf_kernels.ops.cached_attention import cached_attention
 
 IN_FLOAT32 = "rlhf_in_float32"
-ATTENTIONS.add(IN_FLOAT32)
 
 
 @contextmanager
@@ -82,5 +80,11 @@ def _is_step(
     alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     fits = alike and key.shape[3] == size and heads % key.shape[1] == 0
     plain = mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (rows, 1, 1))
-    known = all(name in WITHOUT_EFFECT for name, given in options.items() if given is not None)
-    return steps == 1 and dropout == 0.0 and fits and plain and known and attends_by_kernel(query)
+    return (
+        steps == 1
+        and dropout == 0.0
+        and fits
+        and plain
+        and have_no_effect(options)
+        and attends_by_kernel(query)
+    )
