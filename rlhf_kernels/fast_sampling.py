@@ -58,7 +58,12 @@ def fast_sampling(model: nn.Module, rows: int) -> Iterator[None]:
 
     Args:
         model: A causal model of transformers. rows: How many there will be, about.
+
+    Raises:
+        TypeError: It is no model, but perhaps the name of one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; expected a loaded model, an nn.Module")
     layers = (
         [] if unavailable_reason("cpu") is not None else list(filter(_is_layer, model.modules()))
     )

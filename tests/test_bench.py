@@ -177,6 +177,11 @@ def test_a_variant_that_raises_is_named_and_the_others_go_on(at_call: int) -> No
     assert found.timing("good").turns == 4
 
 
+def test_no_turns_are_an_error() -> None:
+    with pytest.raises(ValueError, match="turns is 0"):
+        compare("", [variant("good")], turns=0)
+
+
 def test_a_variant_that_cannot_be_built_is_named() -> None:
     def build() -> None:
         raise MemoryError

@@ -328,3 +328,8 @@ def test_an_attention_without_a_config_is_left_alone() -> None:
     del model.model.layers[0].self_attn.config
     with fast_sampling(model, rows=2):
         assert fused(model) == [False, True]
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(TypeError, match="model is 'SmolLM2'"), fast_sampling("SmolLM2", rows=2):  # type: ignore[arg-type]
+        pass

@@ -93,7 +93,12 @@ def compare(
     A variant that raises is named in `failures` and takes no further part. After three turns no
     new one begins once `seconds` have passed. warmup: calls before the first turn, at least 1.
     tell: is told what begins; never within a turn.
+
+    Raises:
+        ValueError: There is to be no turn.
     """
+    if turns < 1:
+        raise ValueError(f"turns is {turns}; expected at least 1")
     failures: dict[str, str] = {}
     runs = _warm_up(variants, warmup, device, failures, tell)
     samples: dict[str, list[float]] = {name: [] for name in runs}
