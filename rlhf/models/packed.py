@@ -130,7 +130,7 @@ def attend_by_rows(
     """
     # Autocast gives values of 16 bits to queries and keys that were rotated in float32.
     widest = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
-    q, k, v = (x[0].transpose(0, 1).to(widest) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(widest) for x in (query, key, value))
     if dropout == 0.0 and query.shape[-1] <= LARGEST_SIZE and attends_by_kernel(q):
         starts = torch.tensor([0, *itertools.accumulate(row_lengths)])
         return row_attention(q, k, v, starts, scaling)[None].to(query.dtype), None

@@ -12,6 +12,7 @@ from rlhf.data import pad_left
 from rlhf.engine import resolve_dtype
 from rlhf.engine.precision import autocast
 from rlhf.models.decoding import attending_in_float32
+from rlhf.ppo.generation.ended_rows import EndedRows, leaving_out
 from rlhf.ppo.generation.ending import Ending, StopAtStrings
 from rlhf.ppo.generation.options import WARPERS
 from rlhf.ppo.generation.processors import logits_processors, uniform_numbers
@@ -52,12 +53,14 @@ def sample_in_batches(
             ids, mask = pad_left([list(prompt_ids[row]) for row in chunk], pad_id)
             ids, mask = ids.to(device), mask.to(device)
             at_strings = StopAtStrings(ending, prompt_width=ids.shape[1])
-            output = policy.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                logits_processor=logits_processors(settings, uniforms[chunk], mask),
-                stopping_criteria=StoppingCriteriaList([at_strings] if ending.stop_strings else []),
-            )
+            ended = EndedRows(ending.ids, at_strings if ending.stop_strings else None)
+            with leaving_out(ended, inner_model(policy)):
+                output = policy.generate(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    logits_processor=logits_processors(settings, uniforms[chunk], mask),
+                    stopping_criteria=StoppingCriteriaList([ended]),
+                )
             for place, response in enumerate(output[:, ids.shape[1] :].tolist()):
                 # Padding may follow an end; one at an EOS or stop id is found in the ids alone.
                 responses[chunk[place]] = response[: at_strings.lengths.get(place)]
@@ -96,7 +99,7 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
     there would sample from another distribution than the one whose log-probabilities PPO trains. Of
     a model with adapters (peft) that holds for the model inside, too.
     """
-    models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    models = list({id(each): each for each in (model, inner_model(model))}.values())
     was_training, was_configs = model.training, [each.generation_config for each in models]
     model.eval()
     for each in models:
@@ -107,3 +110,8 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.train(was_training)
         for each, was_config in zip(models, was_configs):
             each.generation_config = was_config
+
+
+def inner_model(model: Any) -> Any:
+    """A model itself, without the adapters (peft) around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
