@@ -117,6 +117,35 @@ def test_inputs_that_are_not_known_keep_all_rows() -> None:
     assert set(batches) == {len(PROMPTS)}
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotations_by_the_longest_row_keep_all_rows(rope: dict[str, Any]) -> None:
+    original = {"rope_theta": 10000.0, "original_max_position_embeddings": 8}
+    model = tiny_llama(context=64, rope_parameters={**rope, **original}).eval()
+    with counted(model) as batches:
+        responses(model)
+    assert set(batches) == {len(PROMPTS)}
+
+
+def test_positions_of_several_axes_keep_all_rows() -> None:
+    """As models of pictures have them, with as many axes as there are rows."""
+    ended, rows_ids = EndedRows([3]), torch.tensor([[3], [5], [6], [7]])
+    ended(rows_ids, None)
+    ended.running[:2] = False
+    positions = torch.zeros(4, 4, 1, dtype=torch.int64)
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(4, 1, 1, 2), torch.zeros(4, 1, 1, 2), 0)
+    inputs = {"input_ids": rows_ids, "position_ids": positions, "past_key_values": cache}
+    assert ended.leave(inputs) is inputs
+    assert len(ended.leave({**inputs, "position_ids": positions[0]})["input_ids"]) == 2
+
+
 def test_adapters_shrink_the_model_inside() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(

@@ -19,6 +19,7 @@ from rlhf_kernels.fast_rotary import runs_once_as_written
 
 OF_ROWS = {"input_ids", "attention_mask", "position_ids"}  # tensors that a model is called with
 WITHOUT_ROWS = {"cache_position"}
+BY_LONGEST_ROW = {"dynamic", "longrope"}  # rotations that change when the longest row leaves
 ENOUGH = 0.75  # of the rows: so few must be left before the others' cache is copied
 
 
@@ -78,13 +79,14 @@ def leaving_out(ended: EndedRows, model: Any) -> Iterator[None]:
     """Inside, ``model.generate`` with ``ended`` among its criteria does not compute its rows.
 
     Nothing changes on a GPU, where a step takes as long for few rows and to ask which ones have
-    ended would be to wait for it, and for compiled models, which would be compiled again.
+    ended would be to wait for it, for compiled models, which would be compiled again, and where
+    a row's numbers depend on the others' lengths.
 
     Args:
         ended: Of a batch that has not begun.
         model: The model that generate calls, without a wrapper.
     """
-    if model.device.type != "cpu" or not runs_once_as_written(model):
+    if model.device.type != "cpu" or not runs_once_as_written(model) or _looks_at_all_rows(model):
         yield
         return
 
@@ -108,9 +110,19 @@ def leaving_out(ended: EndedRows, model: Any) -> Iterator[None]:
 
 
 def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
-    """Whether all that has rows is known: tensors of a row each, and keys and values."""
+    """Whether all that has rows is known: matrices of a row each, and keys and values."""
     cache = inputs.get("past_key_values")
     plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
     known = tensors.keys() <= OF_ROWS | WITHOUT_ROWS
-    return plain and known and all(len(tensors[name]) == rows for name in tensors.keys() & OF_ROWS)
+    of_rows = [tensors[name] for name in tensors.keys() & OF_ROWS]
+    return plain and known and all(x.dim() == 2 and len(x) == rows for x in of_rows)
+
+
+def _looks_at_all_rows(model: Any) -> bool:
+    """Whether its rotary embeddings choose their frequencies by the longest row of a batch."""
+    kinds = [vars(module).get("rope_type") for module in model.modules()]
+    of_layers = [kind for each in kinds if isinstance(each, dict) for kind in each.values()]
+    return not BY_LONGEST_ROW.isdisjoint(
+        kind for kind in [*kinds, *of_layers] if isinstance(kind, str)
+    )
