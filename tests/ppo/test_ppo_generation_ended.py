@@ -135,8 +135,8 @@ def test_rotations_by_the_longest_row_keep_all_rows(rope: dict[str, Any]) -> Non
 
 def test_positions_of_several_axes_keep_all_rows() -> None:
     """As models of pictures have them, with as many axes as there are rows."""
-    ended, rows_ids = EndedRows([3]), torch.tensor([[3], [5], [6], [7]])
-    ended(rows_ids, None)
+    rows_ids = torch.tensor([[3], [5], [6], [7]])
+    ended = EndedRows([3], rows_ids)
     ended.running[:2] = False
     positions = torch.zeros(4, 4, 1, dtype=torch.int64)
     cache = transformers.DynamicCache()
@@ -172,8 +172,8 @@ def test_rows_that_run_on_are_still_looked_at() -> None:
 
 
 def test_a_batch_that_has_ended_whole_keeps_its_last_rows() -> None:
-    ended = EndedRows([3])
     ids = torch.tensor([[5], [6]])
+    ended = EndedRows([3], ids)
     assert not ended(ids, None).any()
     assert ended(torch.tensor([[3], [3]]), None).all()
     assert ended.leave({"input_ids": ids})["input_ids"] is ids
@@ -182,5 +182,5 @@ def test_a_batch_that_has_ended_whole_keeps_its_last_rows() -> None:
 def test_compiled_models_compute_all_rows() -> None:
     model = model_of("llama")
     model.compile(backend="eager")
-    with leaving_out(EndedRows([3]), model):
+    with leaving_out(EndedRows([3], torch.ones(2, 1)), model):
         assert not model._forward_pre_hooks

@@ -53,7 +53,7 @@ def sample_in_batches(
             ids, mask = pad_left([list(prompt_ids[row]) for row in chunk], pad_id)
             ids, mask = ids.to(device), mask.to(device)
             at_strings = StopAtStrings(ending, prompt_width=ids.shape[1])
-            ended = EndedRows(ending.ids, at_strings if ending.stop_strings else None)
+            ended = EndedRows(ending.ids, ids, at_strings if ending.stop_strings else None)
             with leaving_out(ended, inner_model(policy)):
                 output = policy.generate(
                     input_ids=ids,
@@ -99,7 +99,8 @@ def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
     there would sample from another distribution than the one whose log-probabilities PPO trains. Of
     a model with adapters (peft) that holds for the model inside, too.
     """
-    models = list({id(each): each for each in (model, inner_model(model))}.values())
+    inner = inner_model(model)
+    models = [model] if inner is model else [model, inner]
     was_training, was_configs = model.training, [each.generation_config for each in models]
     model.eval()
     for each in models:

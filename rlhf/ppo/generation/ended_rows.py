@@ -28,6 +28,7 @@ class EndedRows(StoppingCriteria):
 
     Args:
         ending_ids: The ids that end a response.
+        batch: int64 [B, L], the prompts.
         at_strings: What else ends rows, in generate's form, if there is something.
 
     Attributes:
@@ -36,18 +37,17 @@ class EndedRows(StoppingCriteria):
     """
 
     def __init__(
-        self, ending_ids: Sequence[int], at_strings: Callable[..., Tensor] | None = None
+        self,
+        ending_ids: Sequence[int],
+        batch: Tensor,
+        at_strings: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.ending_ids = torch.tensor(list(ending_ids), dtype=torch.int64)
+        self.ending_ids = torch.tensor(list(ending_ids), dtype=torch.int64, device=batch.device)
         self.at_strings = at_strings
-        self.running, self.rows = torch.ones(0, dtype=torch.bool), torch.arange(0)
+        self.running = torch.ones(len(batch), dtype=torch.bool, device=batch.device)
+        self.rows = torch.arange(len(batch), device=batch.device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if not len(self.running):
-            device = input_ids.device
-            self.ending_ids = self.ending_ids.to(device)
-            self.running = torch.ones(len(input_ids), dtype=torch.bool, device=device)
-            self.rows = torch.arange(len(input_ids), device=device)
         ended = torch.isin(input_ids[:, -1], self.ending_ids)
         if self.at_strings is not None:
             ended |= self.at_strings(input_ids, scores)
@@ -121,8 +121,9 @@ def _can_leave(inputs: dict[str, Any], rows: int) -> bool:
 
 def _looks_at_all_rows(model: Any) -> bool:
     """Whether its rotary embeddings choose their frequencies by the longest row of a batch."""
-    kinds = [vars(module).get("rope_type") for module in model.modules()]
-    of_layers = [kind for each in kinds if isinstance(each, dict) for kind in each.values()]
-    return not BY_LONGEST_ROW.isdisjoint(
-        kind for kind in [*kinds, *of_layers] if isinstance(kind, str)
+    kinds = (vars(module).get("rope_type") for module in model.modules())
+    # Where layers differ it is a kind for each sort of them.
+    return any(
+        BY_LONGEST_ROW.intersection(kind.values() if isinstance(kind, dict) else [kind])
+        for kind in kinds
     )
