@@ -114,6 +114,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     options = parser.parse_args()
+    if options.updates < 1 or options.turns < 1:
+        parser.error("--updates and --turns must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     if options.models and not (options.models / "policy" / "config.json").is_file():

@@ -83,6 +83,11 @@ def test_logits_that_are_no_numbers_are_an_error(greedy: bool, bad: float, backe
         sample(policy, generation_backend=backend, **options)
 
 
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        sample(make_policy(), [[5], []])
+
+
 def test_a_token_ruled_out_is_no_error() -> None:
     scores = torch.tensor([[0.0, -math.inf, 1.0]])
     assert RequireFinite()(torch.zeros(1, 2), scores) is scores

@@ -127,9 +127,12 @@ def generate(
 
     Raises:
         NonFiniteError: The model's logits are NaN or infinite.
-        ValueError: A stop id is not in the vocabulary, the backend cannot run the model, or
-            ``sampler`` returned something other than a response to each prompt.
+        ValueError: A prompt is empty, a stop id is not in the vocabulary, the backend cannot run
+            the model, or ``sampler`` returned something other than a response to each prompt.
     """
+    for number, prompt in enumerate(prompt_ids):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty; a response needs a token to follow")
     device = next(policy.parameters()).device
     pad_id = padding_id(tokenizer)
     ending = Ending(policy, tokenizer, settings)
